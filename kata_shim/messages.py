@@ -2,19 +2,19 @@
 
 A line is one JSON object in UTF-8 and a newline, at most MAX_LINE bytes with it. A client writes
 
-    {"id":1,"method":"kata-network.add-iface","params":{…}}     a request; params may be any JSON, or absent
-    {"id":1,"cancel":true}                                      gives request 1 up
-    {"id":1,"stdin":"<base64>"}   {"id":1,"stdin":null}         feeds the command of request 1; closes its stdin
+    {"id":1,"method":"kata-network.add-iface","params":{…}}   a request; params may be any JSON, or absent
+    {"id":1,"cancel":true}                                    gives request 1 up
+    {"id":1,"stdin":"<base64>"}   {"id":1,"stdin":null}       feeds the stdin of request 1's command; closes it
 
 and the server answers, in any order between requests,
 
-    {"id":1,"progress":…}                                       any number of times, before the end
-    {"id":1,"result":…}           {"id":1,"error":{"code":…,"message":…}}       exactly one, the end
-    {"id":1,"warnings":["…"],"result":…}                        the end, when there is something to say beside it
+    {"id":1,"progress":…}                                     any number of times, before the end
+    {"id":1,"result":…}   {"id":1,"error":{"code":…,"message":…}}     exactly one, the end
+    {"id":1,"warnings":["…"],"result":…}                      the end, with something to say beside it
 
 What a server writes is compact, `id` is the first key and `progress`, `result` or `error` the last one. So the
-bytes between `{"id":1,"result":` and the final `}` are the result and nothing else: a client prints them as they
-are, without parsing them.
+bytes between `{"id":1,"result":` and the final `}` are the result and nothing else: a client prints them as
+they are, without parsing them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MAX_MESSAGE = 16 * 1024
 _KINDS = {dict: "an object", list: "an array", str: "a string", int: "an integer", float: "a number"}
 
 
-class BadLine(ShimError):
-    """A line that is not of this protocol (`invalid-argument`); `request_id` is None where it had no readable id."""
+class LineError(ShimError):
+    """A line that is not of this protocol (`invalid-argument`); `request_id` is None if it had none to read."""
 
     def __init__(self, request_id: int | str | None, message: str) -> None:
         super().__init__("invalid-argument", message)
@@ -68,30 +68,30 @@ class Stdin:
 def parse(line: bytes) -> Request | Cancel | Stdin:
     """Return what one line of a client says.
 
-    Raises BadLine, and nothing else whatever the bytes. Keys that do not belong to the kind of line are refused,
-    so that a misspelt one is not silently without effect.
+    Raises LineError, and nothing else whatever the bytes. Keys that do not belong to the kind of line are
+    refused, so that a misspelt one is not silently without effect.
     """
     if len(line) > MAX_LINE:
-        raise BadLine(None, f"line: {len(line)} bytes are more than {MAX_LINE}")
+        raise LineError(None, f"line: {len(line)} bytes are more than {MAX_LINE}")
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadLine(None, f"line: not JSON: {error}") from None
+        raise LineError(None, f"line: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadLine(None, f"line: {_kind(value)} is not an object")
+        raise LineError(None, f"line: {_kind(value)} is not an object")
     request_id = _read_id(value)
     kinds = [key for key in ("method", "cancel", "stdin") if key in value]
     if len(kinds) != 1:
-        raise BadLine(request_id, "line: exactly one of method, cancel and stdin is needed")
+        raise LineError(request_id, "line: exactly one of method, cancel and stdin is needed")
     known = {"id", "params", "method"} if kinds[0] == "method" else {"id", kinds[0]}
     unknown = next((key for key in value if key not in known), None)
     if unknown is not None:
-        raise BadLine(request_id, f"{unknown[:64]!a}: unknown key beside {kinds[0]}")
+        raise LineError(request_id, f"{unknown[:64]!a}: unknown key beside {kinds[0]}")
     if kinds[0] == "method":
         return _read_request(request_id, value)
     if kinds[0] == "cancel":
         if value["cancel"] is not True:
-            raise BadLine(request_id, f"cancel: {_kind(value['cancel'])} is not true")
+            raise LineError(request_id, f"cancel: {_kind(value['cancel'])} is not true")
         return Cancel(request_id)
     return Stdin(request_id, _read_stdin(request_id, value["stdin"]))
 
@@ -99,8 +99,8 @@ def parse(line: bytes) -> Request | Cancel | Stdin:
 def result(request_id: int | str, value: object, warnings: Sequence[str] = ()) -> bytes:
     """Return the line that ends a request well.
 
-    Raises ShimError: `resource-exhausted` for a line over MAX_LINE, `internal` for what JSON cannot carry; the
-    server then ends the request with `failure`.
+    Raises ShimError: `resource-exhausted` for a line over MAX_LINE, `internal` for what JSON cannot carry;
+    the server then ends the request with `failure`.
     """
     return _write(request_id, "result", value, warnings)
 
@@ -143,17 +143,17 @@ def _read_id(value: dict[str, object]) -> int | str:
     request_id = value.get("id")
     if isinstance(request_id, str):
         if len(request_id) > MAX_ID:
-            raise BadLine(None, f"id: {len(request_id)} characters are more than {MAX_ID}")
+            raise LineError(None, f"id: {len(request_id)} characters are more than {MAX_ID}")
         return request_id
     if isinstance(request_id, int) and not isinstance(request_id, bool):
         return request_id
-    raise BadLine(None, f"id: {_kind(request_id)} is not an integer or a string")
+    raise LineError(None, f"id: {_kind(request_id)} is not an integer or a string")
 
 
 def _read_request(request_id: int | str, value: dict[str, object]) -> Request:
     method = value["method"]
     if not isinstance(method, str):
-        raise BadLine(request_id, f"method: {_kind(method)} is not a string")
+        raise LineError(request_id, f"method: {_kind(method)} is not a string")
     return Request(request_id, method, value.get("params"))
 
 
@@ -161,11 +161,11 @@ def _read_stdin(request_id: int | str, text: object) -> bytes | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise BadLine(request_id, f"stdin: {_kind(text)} is not a string or null")
+        raise LineError(request_id, f"stdin: {_kind(text)} is not a string or null")
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:
-        raise BadLine(request_id, f"stdin: not base64: {error}") from None
+        raise LineError(request_id, f"stdin: not base64: {error}") from None
 
 
 def _kind(value: object) -> str:
