@@ -4,7 +4,7 @@ A line is one JSON object in UTF-8 and a newline, at most MAX_LINE bytes with it
 
     {"id":1,"method":"kata-network.add-iface","params":{…}}   a request; params may be any JSON, or absent
     {"id":1,"cancel":true}                                    gives request 1 up
-    {"id":1,"stdin":"<base64>"}   {"id":1,"stdin":null}       feeds the stdin of request 1's command; closes it
+    {"id":1,"stdin":"<base64>"}   {"id":1,"stdin":null}       feeds the command's stdin; closes it
 
 and the server answers, in any order between requests,
 
@@ -12,9 +12,9 @@ and the server answers, in any order between requests,
     {"id":1,"result":…}   {"id":1,"error":{"code":…,"message":…}}     exactly one, the end
     {"id":1,"warnings":["…"],"result":…}                      the end, with something to say beside it
 
-What a server writes is compact, `id` is the first key and `progress`, `result` or `error` the last one. So the
-bytes between `{"id":1,"result":` and the final `}` are the result and nothing else: a client prints them as
-they are, without parsing them.
+What a server writes is compact, `id` is the first key and `progress`, `result` or `error` the last
+one. So the bytes between `{"id":1,"result":` and the final `}` are the result and nothing else: a client prints
+them as they are, without parsing them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KINDS = {dict: "an object", list: "an array", str: "a string", int: "an integer
 
 
 class LineError(ShimError):
-    """A line that is not of this protocol (`invalid-argument`); `request_id` is None if it had none to read."""
+    """A line outside this protocol (`invalid-argument`); `request_id` is None if it had none to read."""
 
     def __init__(self, request_id: int | str | None, message: str) -> None:
         super().__init__("invalid-argument", message)
