@@ -1,0 +1,1 @@
+"""QEMU: what to start it with (pure), and how to drive it (monitor, process, hotplug)."""

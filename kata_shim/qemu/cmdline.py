@@ -1,0 +1,109 @@
+"""QEMU's command line for a sandbox, from a description of the machine. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kata_shim.qemu.devices import Device, ListeningSocket, Value, escape, keyval
+from kata_shim.qemu.topology import FIXED_SLOTS, Topology
+
+AGENT_PORT = "agent.channel.0"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """Everything that decides how QEMU is started; what configuration.toml sets has its name there.
+
+    `default_memory` is in MiB. The three `*_fd` are listening unix sockets that QEMU inherits by number;
+    `agent_fd` -1 leaves the virtio-serial channel out (vsock instead: `guest_cid` above 2).
+    """
+
+    name: str
+    uuid: str
+    path: str
+    topology: Topology
+    accelerator: str
+    kernel: str
+    initrd: str
+    default_vcpus: int
+    default_memory: int
+    qmp_fd: int
+    console_fd: int
+    agent_fd: int = -1
+    guest_cid: int = 0
+    kernel_params: str = ""
+    machine_accelerators: str = ""
+    cpu_model: str = ""
+    firmware: str = ""
+    entropy_source: str = "/dev/urandom"
+    shared_memory: bool = True
+    enable_debug: bool = False
+
+
+def build(spec: MachineSpec) -> list[str]:
+    """Return the argv, `path` first."""
+    argv = [spec.path, "-name", keyval(spec.name, {"debug-threads": True}), "-uuid", spec.uuid]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX]
+    # With `panic=-1` a guest that panics resets at once, and QEMU ends: the shim sees it without any timer.
+    argv += ["-no-reboot"]
+    argv += _machine(spec)
+    argv += ["-kernel", spec.kernel]
+    if spec.initrd:
+        argv += ["-initrd", spec.initrd]
+    argv += ["-append", kernel_command_line(spec.kernel_params, spec.enable_debug)]
+    if spec.firmware:
+        argv += ["-bios", spec.firmware]
+    argv += _channels(spec)
+    argv += _devices(spec)
+    for controller in spec.topology.controllers:
+        argv += controller.argv
+    if spec.enable_debug:
+        argv += ["-d", "guest_errors,unimp"]
+    return argv
+
+
+def kernel_command_line(kernel_params: str, enable_debug: bool) -> str:
+    """Return the guest kernel's parameters; the user's come last, so that they win."""
+    words = ["console=ttyS0", "panic=-1", "tsc=reliable", "no_timer_check", "mitigations=off"]
+    words += ["loglevel=7"] if enable_debug else ["quiet", "loglevel=3"]
+    return " ".join([*words, *kernel_params.split()])
+
+
+def default_cpu_model(accelerator: str) -> str:
+    """Return the CPU model for an accelerator: all of the host's under KVM, all that TCG can do otherwise."""
+    return "host" if accelerator == "kvm" else "max"
+
+
+def _machine(spec: MachineSpec) -> list[str]:
+    properties: dict[str, Value] = {"accel": spec.accelerator}
+    if spec.shared_memory:
+        properties["memory-backend"] = "mem"
+    extra = ",".join(word.strip() for word in spec.machine_accelerators.split(",") if word.strip())
+    machine = keyval(spec.topology.machine_type, properties) + (f",{extra}" if extra else "")
+    argv = ["-machine", machine, "-cpu", spec.cpu_model or default_cpu_model(spec.accelerator)]
+    argv += ["-smp", str(spec.default_vcpus), "-m", f"{spec.default_memory}M"]
+    if spec.shared_memory:
+        backend: dict[str, Value] = {"id": "mem", "size": f"{spec.default_memory}M", "share": True}
+        argv += ["-object", keyval("memory-backend-memfd", backend)]
+    return argv
+
+
+def _channels(spec: MachineSpec) -> list[str]:
+    argv = [*ListeningSocket("qmp", spec.qmp_fd).argv, "-mon", "chardev=qmp,mode=control"]
+    argv += [*ListeningSocket("console", spec.console_fd).argv, "-serial", "chardev:console"]
+    if spec.agent_fd >= 0:
+        argv += ListeningSocket("agent", spec.agent_fd).argv
+        argv += Device("virtio-serial-pci", "serial", {"addr": FIXED_SLOTS["serial"]}).argv
+        port: dict[str, Value] = {"bus": "serial.0", "chardev": "agent", "name": AGENT_PORT}
+        argv += Device("virtserialport", "agent-port", port).argv
+    if spec.guest_cid:
+        vsock: dict[str, Value] = {"addr": FIXED_SLOTS["vsock"], "guest-cid": spec.guest_cid}
+        argv += Device("vhost-vsock-pci", "vsock", vsock).argv
+    return argv
+
+
+def _devices(spec: MachineSpec) -> list[str]:
+    argv = ["-object", f"rng-random,id=entropy,filename={escape(spec.entropy_source)}"]
+    argv += Device("virtio-rng-pci", "rng", {"addr": FIXED_SLOTS["rng"], "rng": "entropy"}).argv
+    return [*argv, *Device("vmgenid", "generation", {"guid": "auto"}).argv]

@@ -1,0 +1,204 @@
+"""QEMU's monitor: QMP over the library qemu.qmp, with one clear error when QEMU goes away.
+
+Reference: QEMU's docs/interop/qmp-spec.rst and qapi/*.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import (
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    Runstate,
+    StateError,
+)
+
+from kata_shim.errors import ShimError
+
+CONNECT_TIMEOUT = 5.0
+COMMAND_TIMEOUT = 10.0
+
+# The library logs every broken connection as an error; we report those ourselves, once and in words.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+class CommandError(ShimError):
+    """QEMU refused a command; `error_class` is QMP's (`GenericError`, `DeviceNotFound`, …)."""
+
+    def __init__(self, command: str, error_class: str, text: str) -> None:
+        super().__init__(
+            "not-found" if error_class == "DeviceNotFound" else "internal", f"QEMU, {command}: {text}"
+        )
+        self.error_class = error_class
+
+
+class Monitor:
+    """One connection to a QEMU's monitor.
+
+    Callers may send at any time: commands are pipelined and QEMU answers them in order. When the connection
+    ends, whoever waits and whoever comes later gets ShimError `unavailable` with the cause.
+    """
+
+    def __init__(self, client: QMPClient, sock: socket.socket, explain: Callable[[], str]) -> None:
+        self._client = client
+        self._socket = sock
+        self._explain = explain
+        self._fd_lock = asyncio.Lock()
+        self.closed: asyncio.Future[ShimError] = asyncio.get_running_loop().create_future()
+        self._watcher = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def connect(
+        cls, path: Path, *, timeout: float = CONNECT_TIMEOUT, explain: Callable[[], str] = str
+    ) -> Monitor:
+        """Connect and negotiate.
+
+        `explain` is asked for QEMU's last words when the connection is lost. `timeout` is in seconds: QEMU
+        serves one client at a time, and lets the next wait without a word. Raises ShimError `unavailable`
+        when nobody answers, or not with QMP, or not in time.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client = QMPClient()
+        # The library keeps every event for readers of `client.events`, for ever; nobody reads there.
+        client.events.event_filter = lambda _event: False
+        try:
+            sock.setblocking(False)
+            async with asyncio.timeout(timeout):
+                await asyncio.get_running_loop().sock_connect(sock, str(path))
+                await client.connect(sock)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, TimeoutError):
+                why = f"no QMP greeting within {timeout:g} s"
+            elif isinstance(error, OSError | QMPError):
+                why = _first_line(error)
+            else:
+                raise
+            raise ShimError("unavailable", _with_cause(f"QEMU's monitor {path}: {why}", explain)) from error
+        return cls(client, sock, explain)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
+    ) -> object:
+        """Run one command and return its value.
+
+        Raises CommandError when QEMU refuses, ShimError `deadline-exceeded` after `timeout` seconds (the
+        command may still take effect), `unavailable` when QEMU goes away.
+        """
+        if self.closed.done():
+            raise self._unavailable()
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise CommandError(command, error.error_class, str(error)) from None
+        except TimeoutError:
+            raise ShimError("deadline-exceeded", f"QEMU, {command}: no answer within {timeout:g} s") from None
+        except (ExecInterruptedError, StateError):
+            await asyncio.wait([self.closed])
+            raise self._unavailable() from None
+        except QMPError as error:
+            raise ShimError("internal", f"QEMU, {command}: {_first_line(error)}") from error
+
+    async def pass_fd(self, name: str, fd: int) -> None:
+        """Give QEMU a duplicate of `fd` under `name` (QMP `getfd`); a descriptor of that name is replaced.
+
+        The caller keeps its own. Raises as `execute`.
+        """
+        # Shielded, because the lock must be held until QEMU has answered, also when the caller is cancelled.
+        await asyncio.shield(self._pass_fd(name, fd))
+
+    @asynccontextmanager
+    async def events(
+        self, *names: str, accept: Callable[[Mapping[str, object]], bool] | None = None
+    ) -> AsyncIterator[Events]:
+        """Listen for events whose `data` passes `accept`, from before the body runs until it ends."""
+
+        def matches(event: Message) -> bool:
+            data = event.get("data")
+            return accept is None or accept(data if isinstance(data, Mapping) else {})
+
+        with self._client.listener(names, matches) as listener:
+            yield Events(self, listener)
+
+    async def close(self) -> None:
+        """End the connection; QEMU goes on running."""
+        self._watcher.cancel()
+        await asyncio.wait([self._watcher])
+        if not self.closed.done():
+            self.closed.set_result(ShimError("unavailable", "QEMU's monitor: closed by us"))
+        await self._disconnect()
+
+    async def _pass_fd(self, name: str, fd: int) -> None:
+        # QEMU keeps only the descriptors it received last: the next must not come before `getfd` took this.
+        async with self._fd_lock:
+            if self.closed.done():
+                raise self._unavailable()
+            try:
+                # White space between two commands: a descriptor has to travel with at least one byte.
+                socket.send_fds(self._socket, [b" "], [fd])
+            except OSError as error:
+                raise ShimError("unavailable", f"QEMU's monitor: passing {name}: {error.strerror}") from error
+            await self.execute("getfd", {"fdname": name})
+
+    async def _watch(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        why = await self._disconnect()
+        self.closed.set_result(ShimError("unavailable", _with_cause(why, self._explain)))
+
+    async def _disconnect(self) -> str:
+        try:
+            await self._client.disconnect()
+        except EOFError:
+            pass
+        except (OSError, ValueError, QMPError) as error:
+            return f"QEMU's monitor broke off: {_first_line(error)}"
+        return "QEMU has gone away"
+
+    def _unavailable(self) -> ShimError:
+        cause = self.closed.result()
+        return ShimError(cause.code, cause.message)
+
+
+class Events:
+    """The events that came since listening began, oldest first."""
+
+    def __init__(self, monitor: Monitor, listener: EventListener) -> None:
+        self._monitor = monitor
+        self._listener = listener
+
+    async def next(self) -> Mapping[str, object]:
+        """Wait for the next event: `{"event", "data", "timestamp"}`.
+
+        Raises ShimError `unavailable` when QEMU goes away first. No timeout of its own.
+        """
+        getting = asyncio.ensure_future(self._listener.get())
+        either: list[asyncio.Future[Any]] = [getting, self._monitor.closed]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                return getting.result()
+            raise self._monitor._unavailable()
+        finally:
+            getting.cancel()
+
+
+def _with_cause(text: str, explain: Callable[[], str]) -> str:
+    cause = explain()
+    return f"{text}: {cause}" if cause else text
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""The QEMU process: started with few rights in its own session, watched by a pidfd whoever its parent is.
+
+References: pidfd_open(2), setpriv(1), proc(5) (`/proc/PID/stat`, field 22: the start time in clock ticks).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from kata_shim.errors import ShimError
+
+# QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors.
+SETPRIV = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
+LAST_WORDS_BYTES = 4096
+
+
+class Process:
+    """A running process, held by a pidfd: it can be neither confused with another nor missed when it ends."""
+
+    def __init__(self, pid: int, start_time: int, pidfd: int) -> None:
+        self.pid = pid
+        self.start_time = start_time
+        self._pidfd = pidfd
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self._loop.add_reader(pidfd, self._on_exit)
+
+    @classmethod
+    def attach(cls, pid: int, start_time: int) -> Process:
+        """Watch a process that need not be a child of ours, as long as it is the one started at `start_time`.
+
+        Raises ShimError `not-found` when it has ended, or when its pid now belongs to another.
+        """
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            raise ShimError("not-found", f"process {pid} is gone: {error.strerror}") from error
+        if read_start_time(pid) != start_time:
+            os.close(pidfd)
+            raise ShimError("not-found", f"process {pid} is gone: its pid belongs to another")
+        return cls(pid, start_time, pidfd)
+
+    async def kill(self) -> None:
+        """Send SIGKILL and wait until the process has ended; one that has ended already is fine.
+
+        The wait runs to its end even when the caller is cancelled in it.
+        """
+        if not self.exited.done():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        await asyncio.shield(self.exited)
+
+    def close(self) -> None:
+        """Stop watching; the process goes on."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if not self.exited.done():
+            self.exited.cancel()
+
+    def _on_exit(self) -> None:
+        try:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except ChildProcessError:
+            status = None
+        else:
+            assert ended is not None
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+
+def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> Process:
+    """Start QEMU in a session of its own, its output going to the end of `log`.
+
+    `pass_fds` keep their numbers and are all it inherits. It runs without capabilities and can gain none.
+    Raises ShimError `failed-precondition` when argv[0] (configuration.toml's `path`) cannot be run.
+    """
+    if shutil.which(argv[0]) is None:
+        raise ShimError("failed-precondition", f"path: {argv[0]} does not exist or is not executable")
+    setpriv = shutil.which(SETPRIV[0])
+    if setpriv is None:
+        raise ShimError("failed-precondition", "setpriv (Debian package util-linux) is not installed")
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+        # Onto itself: that clears close-on-exec (POSIX.1-2024, glibc since 2.29).
+        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),
+    ]
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    command = [*SETPRIV, *argv]
+    pid = os.posix_spawn(
+        setpriv,
+        command,
+        environment,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=[],
+        setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ],
+    )
+    return Process(pid, read_start_time(pid), os.pidfd_open(pid))
+
+
+def read_start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks after boot; 0 when there is none of that pid."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    # The command's name stands in parentheses and may hold anything, also spaces and parentheses.
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def last_log_line(log: Path) -> str:
+    """Return the last line of QEMU's output that says something; "" when there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
