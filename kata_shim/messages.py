@@ -13,8 +13,8 @@ and the server answers, in any order between requests,
     {"id":1,"warnings":["…"],"result":…}                      the end, with something to say beside it
 
 What a server writes is compact, `id` is the first key and `progress`, `result` or `error` the last
-one. So the bytes between `{"id":1,"result":` and the final `}` are the result and nothing else: a client prints
-them as they are, without parsing them.
+one. So the bytes between `{"id":1,"result":` and the final `}` are the result and nothing else: a client
+prints them as they are, without parsing them.
 """
 
 from __future__ import annotations
