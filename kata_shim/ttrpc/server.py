@@ -1,0 +1,232 @@
+"""ttrpc server: services of async handlers; its sessions do no I/O of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+from google.protobuf.message import DecodeError, Message
+
+from kata_shim.errors import ShimError
+from kata_shim.protos.ttrpc_pb2 import Request, Response, Status
+from kata_shim.ttrpc import link
+from kata_shim.ttrpc.wire import MAX_PAYLOAD, REQUEST, RESPONSE, Decoder, Frame, ProtocolError, encode
+
+Handler = Callable[[Any], Awaitable[Message]]
+
+MAX_CALLS = 1024  # in flight in one session; more are refused, so that a peer cannot fill the memory
+
+_WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """Services, and what they answer to a request; no connections."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[tuple[str, str], tuple[type[Message], Handler]] = {}
+
+    def register(self, service: str, handlers: Mapping[str, tuple[type[Message], Handler]]) -> None:
+        """Add a service: method name -> (request type, handler that takes the request, returns the answer).
+
+        A ShimError that a handler raises is answered as its status; any other exception as internal.
+        """
+        for method, handler in handlers.items():
+            self._handlers[service, method] = handler
+
+    def register_object(
+        self, service: str, methods: Mapping[str, tuple[type[Message], type[Message]]], target: object
+    ) -> None:
+        """Add a service whose method UpdateInterface is `target.update_interface`, and so on for each.
+
+        Raises AttributeError when one is missing.
+        """
+        self.register(
+            service,
+            {name: (types[0], getattr(target, snake_case(name))) for name, types in methods.items()},
+        )
+
+    def session(self, send: Callable[[bytes], None]) -> Session:
+        """Return a session that writes by `send`, which must take all it gets at once and in order."""
+        return Session(self, send)
+
+    def linked_session(self, send: Callable[[bytes], None], discard: Callable[[], None]) -> LinkedSession:
+        """Return a session for a stream that can be cut; `discard` drops what `send` has not written yet."""
+        return LinkedSession(self, send, discard)
+
+    async def answer(self, payload: bytes) -> bytes:
+        """Return the serialized ttrpc.Response to a serialized ttrpc.Request. Raises only CancelledError."""
+        method = "request"
+        try:
+            request = Request.FromString(payload)
+            method = f"{request.service}/{request.method}"
+            found = self._handlers.get((request.service, request.method))
+            if not found:
+                raise ShimError("unimplemented", f"{method}: no such method")
+            request_type, handler = found
+            argument = request_type.FromString(request.payload)
+            async with asyncio.timeout(request.timeout_nano / 1e9 if request.timeout_nano else None) as limit:
+                response = Response(payload=(await handler(argument)).SerializeToString())
+            answer = response.SerializeToString()
+            if len(answer) > MAX_PAYLOAD:
+                message = f"{method}: answer of {len(answer)} bytes is more than {MAX_PAYLOAD}"
+                raise ShimError("resource-exhausted", message)
+        except ShimError as error:
+            return _failure(error)
+        except DecodeError:
+            return _failure(ShimError("invalid-argument", f"{method}: not the protobuf message it should be"))
+        except TimeoutError as error:
+            if not limit.expired():
+                return _internal(method, error)
+            message = f"{method}: not done within {request.timeout_nano / 1e9:g} s"
+            return _failure(ShimError("deadline-exceeded", message))
+        except Exception as error:
+            return _internal(method, error)
+        return answer
+
+
+class Session:
+    """One connection's calls: bytes in by `receive`, bytes out by `send`. Calls run at the same time."""
+
+    def __init__(self, server: Server, send: Callable[[bytes], None]) -> None:
+        self._server = server
+        self._send = send
+        self._decoder = Decoder()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cancelled = False
+
+    def receive(self, data: bytes) -> None:
+        """Take the next bytes. Raises ProtocolError, after which the session is cancelled."""
+        try:
+            for frame in self._decoder.feed(data):
+                if frame.kind != REQUEST:
+                    raise ProtocolError("a response where only requests belong")
+                self._start(frame)
+        except ProtocolError:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Cancel the calls in flight and send nothing more."""
+        self._cancelled = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def drain(self) -> None:
+        """Wait until no call is in flight."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self, frame: Frame) -> None:
+        if self._cancelled:
+            return
+        if len(self._tasks) >= MAX_CALLS:
+            message = f"more than {MAX_CALLS} calls in flight on one connection"
+            answer = _failure(ShimError("resource-exhausted", message))
+            self._send(encode(Frame(frame.stream_id, RESPONSE, 0, answer)))
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(frame))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, frame: Frame) -> None:
+        try:
+            answer = await self._server.answer(frame.payload)
+        except asyncio.CancelledError:
+            if self._cancelled:
+                raise
+            answer = _failure(ShimError("cancelled", "the call was cancelled by the server"))
+        if not self._cancelled:
+            self._send(encode(Frame(frame.stream_id, RESPONSE, 0, answer)))
+
+
+class LinkedSession:
+    """The guest's end of a link (kata_shim.ttrpc.link): a new Session after every reset.
+
+    Whatever is received, `receive` does not raise: what cannot be read ends the calls in flight, and the
+    next reset starts anew.
+    """
+
+    def __init__(self, server: Server, send: Callable[[bytes], None], discard: Callable[[], None]) -> None:
+        self._server = server
+        self._send = send
+        self._discard = discard
+        self._link = link.SerialLink()
+        self._session: Session | None = None
+
+    def receive(self, data: bytes) -> None:
+        """Take the next bytes from the stream."""
+        for event in self._link.receive(data):
+            if isinstance(event, link.Reset):
+                self.cancel()
+                self._discard()
+                self._send(link.reset(event.nonce))
+                self._session = self._server.session(lambda out: self._send(link.escape(out)))
+            elif isinstance(event, link.Lost):
+                self._lose(event.reason)
+            elif self._session:
+                try:
+                    self._session.receive(event)
+                except ProtocolError as error:
+                    self._lose(str(error))
+
+    def cancel(self) -> None:
+        """Cancel the calls in flight and send nothing more, until the next reset."""
+        if self._session:
+            self._session.cancel()
+            self._session = None
+
+    def _lose(self, reason: str) -> None:
+        _log.warning("link: %s; everything is dropped until the next reset", reason)
+        self.cancel()
+        # A lone flag tells a host that is still there that its calls are lost; it is harmless before an echo.
+        self._send(link.FLAG)
+
+
+class ServerProtocol(asyncio.Protocol):
+    """A session on an asyncio stream: `loop.create_unix_server(lambda: ServerProtocol(server), path)`.
+
+    While the peer does not read its answers, no more of its requests are read.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._session = self._server.session(self._transport.write)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._session.receive(data)
+        except ProtocolError as error:
+            _log.warning("%s", error)
+            self._transport.abort()
+
+    def pause_writing(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._session.cancel()
+
+
+def snake_case(name: str) -> str:
+    """Return a method's name as a Python name: UpdateInterface -> update_interface."""
+    return _WORD_START.sub("_", name).lower()
+
+
+def _failure(error: ShimError) -> bytes:
+    message = error.message.encode(errors="replace")[: MAX_PAYLOAD // 2].decode(errors="replace")
+    return Response(status=Status(code=error.status, message=message)).SerializeToString()
+
+
+def _internal(method: str, error: Exception) -> bytes:
+    _log.error("%s failed", method, exc_info=error)
+    summary = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return _failure(ShimError("internal", f"{method}: {summary}"))
