@@ -27,39 +27,39 @@ from kata_shim.protos import agent_pb2 as kata__shim_dot_protos_dot_agent__pb2
 from kata_shim.protos import types_pb2 as kata__shim_dot_protos_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckata_shim/protos/guest.proto\x12\tkata_shim\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1ckata_shim/protos/agent.proto\x1a\x1ckata_shim/protos/types.proto\"+\n\x0cRouteRequest\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.types.Route\"D\n\x13\x44\x65leteRoutesRequest\x12\x0c\n\x04\x64\x65st\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x17\n\x15ListMainRoutesRequest\"L\n\x13StartCommandRequest\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12\x0b\n\x03\x65nv\x18\x02 \x03(\t\x12\x0b\n\x03\x63wd\x18\x03 \x01(\t\x12\r\n\x05stdin\x18\x04 \x01(\x08\"*\n\x14StartCommandResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"5\n\x11WriteStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\'\n\x11\x43loseStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"W\n\x11ReadOutputRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12!\n\x06stream\x18\x02 \x01(\x0e\x32\x11.kata_shim.Stream\x12\x0b\n\x03len\x18\x03 \x01(\r\"\"\n\x12ReadOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x12WaitCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"%\n\x13WaitCommandResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\"8\n\x12KillCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06signal\x18\x02 \x01(\r**\n\x06Stream\x12\x08\n\x04NONE\x10\x00\x12\n\n\x06STDOUT\x10\x01\x12\n\n\x06STDERR\x10\x02\x32\xf2\x04\n\x05Guest\x12\x31\n\x08\x41\x64\x64Route\x12\x17.kata_shim.RouteRequest\x1a\x0c.types.Route\x12<\n\x0c\x44\x65leteRoutes\x12\x1e.kata_shim.DeleteRoutesRequest\x1a\x0c.grpc.Routes\x12@\n\x0eListMainRoutes\x12 .kata_shim.ListMainRoutesRequest\x1a\x0c.grpc.Routes\x12O\n\x0cStartCommand\x12\x1e.kata_shim.StartCommandRequest\x1a\x1f.kata_shim.StartCommandResponse\x12\x42\n\nWriteStdin\x12\x1c.kata_shim.WriteStdinRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nCloseStdin\x12\x1c.kata_shim.CloseStdinRequest\x1a\x16.google.protobuf.Empty\x12I\n\nReadOutput\x12\x1c.kata_shim.ReadOutputRequest\x1a\x1d.kata_shim.ReadOutputResponse\x12L\n\x0bWaitCommand\x12\x1d.kata_shim.WaitCommandRequest\x1a\x1e.kata_shim.WaitCommandResponse\x12\x44\n\x0bKillCommand\x12\x1d.kata_shim.KillCommandRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckata_shim/protos/guest.proto\x12\tkata_shim\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1ckata_shim/protos/agent.proto\x1a\x1ckata_shim/protos/types.proto\".\n\x0f\x41\x64\x64RouteRequest\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.types.Route\"D\n\x13\x44\x65leteRoutesRequest\x12\x0c\n\x04\x64\x65st\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x17\n\x15ListMainRoutesRequest\"L\n\x13StartCommandRequest\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12\x0b\n\x03\x65nv\x18\x02 \x03(\t\x12\x0b\n\x03\x63wd\x18\x03 \x01(\t\x12\r\n\x05stdin\x18\x04 \x01(\x08\"*\n\x14StartCommandResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"5\n\x11WriteStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\'\n\x11\x43loseStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"W\n\x11ReadOutputRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12!\n\x06stream\x18\x02 \x01(\x0e\x32\x11.kata_shim.Stream\x12\x0b\n\x03len\x18\x03 \x01(\r\"\"\n\x12ReadOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x12WaitCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"%\n\x13WaitCommandResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\"8\n\x12KillCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06signal\x18\x02 \x01(\r**\n\x06Stream\x12\x08\n\x04NONE\x10\x00\x12\n\n\x06STDOUT\x10\x01\x12\n\n\x06STDERR\x10\x02\x32\xf5\x04\n\x05Guest\x12\x34\n\x08\x41\x64\x64Route\x12\x1a.kata_shim.AddRouteRequest\x1a\x0c.types.Route\x12<\n\x0c\x44\x65leteRoutes\x12\x1e.kata_shim.DeleteRoutesRequest\x1a\x0c.grpc.Routes\x12@\n\x0eListMainRoutes\x12 .kata_shim.ListMainRoutesRequest\x1a\x0c.grpc.Routes\x12O\n\x0cStartCommand\x12\x1e.kata_shim.StartCommandRequest\x1a\x1f.kata_shim.StartCommandResponse\x12\x42\n\nWriteStdin\x12\x1c.kata_shim.WriteStdinRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nCloseStdin\x12\x1c.kata_shim.CloseStdinRequest\x1a\x16.google.protobuf.Empty\x12I\n\nReadOutput\x12\x1c.kata_shim.ReadOutputRequest\x1a\x1d.kata_shim.ReadOutputResponse\x12L\n\x0bWaitCommand\x12\x1d.kata_shim.WaitCommandRequest\x1a\x1e.kata_shim.WaitCommandResponse\x12\x44\n\x0bKillCommand\x12\x1d.kata_shim.KillCommandRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kata_shim.protos.guest_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAM']._serialized_start=754
-  _globals['_STREAM']._serialized_end=796
-  _globals['_ROUTEREQUEST']._serialized_start=132
-  _globals['_ROUTEREQUEST']._serialized_end=175
-  _globals['_DELETEROUTESREQUEST']._serialized_start=177
-  _globals['_DELETEROUTESREQUEST']._serialized_end=245
-  _globals['_LISTMAINROUTESREQUEST']._serialized_start=247
-  _globals['_LISTMAINROUTESREQUEST']._serialized_end=270
-  _globals['_STARTCOMMANDREQUEST']._serialized_start=272
-  _globals['_STARTCOMMANDREQUEST']._serialized_end=348
-  _globals['_STARTCOMMANDRESPONSE']._serialized_start=350
-  _globals['_STARTCOMMANDRESPONSE']._serialized_end=392
-  _globals['_WRITESTDINREQUEST']._serialized_start=394
-  _globals['_WRITESTDINREQUEST']._serialized_end=447
-  _globals['_CLOSESTDINREQUEST']._serialized_start=449
-  _globals['_CLOSESTDINREQUEST']._serialized_end=488
-  _globals['_READOUTPUTREQUEST']._serialized_start=490
-  _globals['_READOUTPUTREQUEST']._serialized_end=577
-  _globals['_READOUTPUTRESPONSE']._serialized_start=579
-  _globals['_READOUTPUTRESPONSE']._serialized_end=613
-  _globals['_WAITCOMMANDREQUEST']._serialized_start=615
-  _globals['_WAITCOMMANDREQUEST']._serialized_end=655
-  _globals['_WAITCOMMANDRESPONSE']._serialized_start=657
-  _globals['_WAITCOMMANDRESPONSE']._serialized_end=694
-  _globals['_KILLCOMMANDREQUEST']._serialized_start=696
-  _globals['_KILLCOMMANDREQUEST']._serialized_end=752
-  _globals['_GUEST']._serialized_start=799
-  _globals['_GUEST']._serialized_end=1425
+  _globals['_STREAM']._serialized_start=757
+  _globals['_STREAM']._serialized_end=799
+  _globals['_ADDROUTEREQUEST']._serialized_start=132
+  _globals['_ADDROUTEREQUEST']._serialized_end=178
+  _globals['_DELETEROUTESREQUEST']._serialized_start=180
+  _globals['_DELETEROUTESREQUEST']._serialized_end=248
+  _globals['_LISTMAINROUTESREQUEST']._serialized_start=250
+  _globals['_LISTMAINROUTESREQUEST']._serialized_end=273
+  _globals['_STARTCOMMANDREQUEST']._serialized_start=275
+  _globals['_STARTCOMMANDREQUEST']._serialized_end=351
+  _globals['_STARTCOMMANDRESPONSE']._serialized_start=353
+  _globals['_STARTCOMMANDRESPONSE']._serialized_end=395
+  _globals['_WRITESTDINREQUEST']._serialized_start=397
+  _globals['_WRITESTDINREQUEST']._serialized_end=450
+  _globals['_CLOSESTDINREQUEST']._serialized_start=452
+  _globals['_CLOSESTDINREQUEST']._serialized_end=491
+  _globals['_READOUTPUTREQUEST']._serialized_start=493
+  _globals['_READOUTPUTREQUEST']._serialized_end=580
+  _globals['_READOUTPUTRESPONSE']._serialized_start=582
+  _globals['_READOUTPUTRESPONSE']._serialized_end=616
+  _globals['_WAITCOMMANDREQUEST']._serialized_start=618
+  _globals['_WAITCOMMANDREQUEST']._serialized_end=658
+  _globals['_WAITCOMMANDRESPONSE']._serialized_start=660
+  _globals['_WAITCOMMANDRESPONSE']._serialized_end=697
+  _globals['_KILLCOMMANDREQUEST']._serialized_start=699
+  _globals['_KILLCOMMANDREQUEST']._serialized_end=755
+  _globals['_GUEST']._serialized_start=802
+  _globals['_GUEST']._serialized_end=1431
 # @@protoc_insertion_point(module_scope)

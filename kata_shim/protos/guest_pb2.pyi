@@ -19,7 +19,7 @@ NONE: Stream
 STDOUT: Stream
 STDERR: Stream
 
-class RouteRequest(_message.Message):
+class AddRouteRequest(_message.Message):
     __slots__ = ("route",)
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     route: _types_pb2.Route
