@@ -1,10 +1,11 @@
 """The layer that makes a byte stream that can be cut anywhere carry ttrpc. No I/O.
 
 A virtio-serial port stays the same stream while the host comes and goes, so either end may find itself in the
-middle of what was meant for another time. 0x7e stands only in resets, FLAG + 32 hex digits (a nonce) + FLAG:
-the host sends one on every connect and drops everything until the guest has echoed that nonce; the guest, on
-a reset, drops its decoder, its unsent output and all calls in flight, and echoes it. Data is escaped, so that
-a reset is found at any place: 0x7d becomes 7d 5d, 0x7e becomes 7d 5e (as in RFC 1662, 4.2).
+middle of what was meant for another time. 0x7e stands only in resets, FLAG FLAG + 32 hex digits (a nonce) +
+FLAG: the host sends one on every connect and drops everything until the guest has echoed that nonce; the
+guest, on a reset, drops its decoder, its unsent output and all calls in flight, and echoes it. The first FLAG
+ends whatever came before, even a reset that lacks only its last byte, so a reset is read in every state.
+Data is escaped: 0x7d becomes 7d 5d, 0x7e becomes 7d 5e (as in RFC 1662, 4.2).
 
           FLAG               32 hex digits, FLAG
     DROP ------> NONCE ----------------------------> DATA
@@ -53,7 +54,7 @@ class _State(Enum):
 def reset(nonce: str) -> bytes:
     """Return the reset with that nonce, NONCE_LENGTH lower-case hex digits."""
     assert _is_nonce(nonce.encode()), nonce
-    return FLAG + nonce.encode() + FLAG
+    return FLAG + FLAG + nonce.encode() + FLAG
 
 
 def escape(data: bytes) -> bytes:
@@ -104,16 +105,15 @@ class SerialLink:
 
     def _unescape(self, data: bytes, events: list[Event]) -> None:
         self._held = b""
-        if data.endswith(_ESCAPE):
-            data, self._held = data[:-1], _ESCAPE
         bad = _BAD_ESCAPE.search(data)
         if bad:
             data = data[: bad.start()]
+        elif data.endswith(_ESCAPE):
+            data, self._held = data[:-1], _ESCAPE
         if data:
             events.append(data.replace(_ESCAPED_FLAG, FLAG).replace(_ESCAPED_ESCAPE, _ESCAPE))
         if bad:
             events.append(Lost("an escape that stands for nothing"))
-            self._held = b""
             self._state = _State.DROP
 
 
