@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qemu.qmp import (
     EventListener,
@@ -28,6 +28,7 @@ from kata_shim.errors import ShimError
 
 CONNECT_TIMEOUT = 5.0
 COMMAND_TIMEOUT = 10.0
+T = TypeVar("T")
 
 # The library logs every broken connection as an error; we report those ourselves, once and in words.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -116,8 +117,16 @@ class Monitor:
 
         The caller keeps its own. Raises as `execute`.
         """
-        # Shielded, because the lock must be held until QEMU has answered, also when the caller is cancelled.
-        await asyncio.shield(self._pass_fd(name, fd))
+        # QEMU keeps only the descriptor it received last: the next must not come before `getfd` took this.
+        async with self._fd_lock:
+            if self.closed.done():
+                raise self._unavailable()
+            try:
+                # White space between two commands: a descriptor has to travel with at least one byte.
+                socket.send_fds(self._socket, [b" "], [fd])
+            except OSError as error:
+                raise ShimError("unavailable", f"QEMU's monitor: passing {name}: {error.strerror}") from error
+            await run_to_end(self.execute("getfd", {"fdname": name}))
 
     @asynccontextmanager
     async def events(
@@ -139,18 +148,6 @@ class Monitor:
         if not self.closed.done():
             self.closed.set_result(ShimError("unavailable", "QEMU's monitor: closed by us"))
         await self._disconnect()
-
-    async def _pass_fd(self, name: str, fd: int) -> None:
-        # QEMU keeps only the descriptors it received last: the next must not come before `getfd` took this.
-        async with self._fd_lock:
-            if self.closed.done():
-                raise self._unavailable()
-            try:
-                # White space between two commands: a descriptor has to travel with at least one byte.
-                socket.send_fds(self._socket, [b" "], [fd])
-            except OSError as error:
-                raise ShimError("unavailable", f"QEMU's monitor: passing {name}: {error.strerror}") from error
-            await self.execute("getfd", {"fdname": name})
 
     async def _watch(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
@@ -193,6 +190,21 @@ class Events:
             raise self._monitor._unavailable()
         finally:
             getting.cancel()
+
+
+async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end; a cancellation meanwhile takes effect only then."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None and not task.cancelled():
+        task.exception()
+        raise cancelled
+    return task.result()
 
 
 def _with_cause(text: str, explain: Callable[[], str]) -> str:

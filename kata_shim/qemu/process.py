@@ -46,10 +46,7 @@ class Process:
         return cls(pid, start_time, pidfd)
 
     async def kill(self) -> None:
-        """Send SIGKILL and wait until the process has ended; one that has ended already is fine.
-
-        The wait runs to its end even when the caller is cancelled in it.
-        """
+        """Send SIGKILL and wait until the process has ended; one that has ended already is fine."""
         if not self.exited.done():
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         await asyncio.shield(self.exited)

@@ -1,0 +1,203 @@
+"""Hot-plugging network cards, whole or not at all.
+
+A card is known to QEMU by names made from its slot alone, so that a shim that has lost everything but its
+record can take away whatever another left half-plugged. References: QEMU's qapi/{net,char,qdev}.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kata_shim.errors import ShimError
+from kata_shim.qemu.devices import ClientSocket, Netdev, tap_netdev, vhost_user_netdev, virtio_net
+from kata_shim.qemu.monitor import COMMAND_TIMEOUT, CommandError, Events, Monitor, run_to_end
+from kata_shim.qemu.tap import Tap
+from kata_shim.qemu.topology import Slot
+
+UNPLUG_TIMEOUT = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class VhostUser:
+    """A vhost-user back end: the unix socket it listens on, and its number of queue pairs."""
+
+    socket: str
+    queues: int = 1
+
+
+class StuckDeviceError(ShimError):
+    """The guest has not let go of a device: it is still there, with its back end, and its slot is taken."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("deadline-exceeded", message)
+
+
+@dataclass(frozen=True, slots=True)
+class NicNames:
+    """QEMU's names for what makes up the card in one slot."""
+
+    slot: Slot
+
+    @property
+    def device(self) -> str:
+        """The id of the device: `nic-01.0-00`."""
+        return "nic-" + self.slot.path.replace("/", "-")
+
+    @property
+    def netdev(self) -> str:
+        """The id of its back end."""
+        return f"net-{self.device}"
+
+    @property
+    def chardev(self) -> str:
+        """The id of a vhost-user back end's character device."""
+        return f"chr-{self.device}"
+
+    def tap_fd(self, queue: int) -> str:
+        """The name under which a queue's tap is passed."""
+        return f"tap{queue}-{self.device}"
+
+    def vhost_fd(self, queue: int) -> str:
+        """The name under which a queue's vhost-net is passed."""
+        return f"vhost{queue}-{self.device}"
+
+
+async def plug_nic(
+    monitor: Monitor,
+    slot: Slot,
+    mac: str,
+    backend: Tap | VhostUser,
+    *,
+    msix: bool = True,
+    timeout: float = COMMAND_TIMEOUT,
+    undo_timeout: float = UNPLUG_TIMEOUT,
+) -> None:
+    """Give the machine a virtio network card in `slot`; the guest finds it a little later.
+
+    Times are in seconds. On any failure, the caller's cancellation included, everything is taken back before
+    this returns; raises StuckDeviceError where the guest keeps the device in spite of that, else as
+    Monitor.execute. The caller keeps the tap's descriptors and closes them.
+    """
+    names = NicNames(slot)
+    queues = len(backend.fds) if isinstance(backend, Tap) else backend.queues
+    try:
+        if isinstance(backend, Tap):
+            netdev = await _pass_tap(monitor, names, backend)
+            first: list[tuple[str, Mapping[str, object]]] = []
+        else:
+            netdev = vhost_user_netdev(names.netdev, names.chardev, queues)
+            first = [("chardev-add", ClientSocket(names.chardev, backend.socket).arguments)]
+        device = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
+        commands = [*first, ("netdev_add", netdev.arguments), ("device_add", device.arguments)]
+        await _pipeline(monitor, commands, timeout)
+    except BaseException as error:
+        try:
+            await run_to_end(_unplug(monitor, names, undo_timeout, queues))
+        except StuckDeviceError as stuck:
+            raise StuckDeviceError(f"{error or 'cancelled'}; taking it back: {stuck}") from error
+        except ShimError:
+            # QEMU itself is gone or refuses; the first error tells more.
+            pass
+        raise
+
+
+async def unplug_nic(monitor: Monitor, slot: Slot, *, timeout: float = UNPLUG_TIMEOUT) -> None:
+    """Take the card in `slot` away, or whatever part of one is there; nothing there is fine.
+
+    Waits up to `timeout` seconds for the guest to let go of the device. Once begun it runs to its end even if
+    the caller is cancelled, who then is cancelled after it. Raises StuckDeviceError, or as Monitor.execute.
+    """
+    await run_to_end(_unplug(monitor, NicNames(slot), timeout))
+
+
+async def nic_present(monitor: Monitor, slot: Slot) -> bool:
+    """Whether QEMU has a card in `slot`, be it one that the guest was asked to let go of."""
+    names = NicNames(slot)
+    try:
+        await monitor.execute("qom-list", {"path": f"/machine/peripheral/{names.device}"})
+    except CommandError as error:
+        if error.error_class != "DeviceNotFound":
+            raise
+        return False
+    return True
+
+
+async def _pass_tap(monitor: Monitor, names: NicNames, tap: Tap) -> Netdev:
+    passed = [(names.tap_fd(queue), fd) for queue, fd in enumerate(tap.fds)]
+    vhost = [(names.vhost_fd(queue), fd) for queue, fd in enumerate(tap.vhost_fds)]
+    for name, fd in passed + vhost:
+        await monitor.pass_fd(name, fd)
+    return tap_netdev(names.netdev, [name for name, _ in passed], [name for name, _ in vhost])
+
+
+async def _pipeline(
+    monitor: Monitor, commands: list[tuple[str, Mapping[str, object]]], timeout: float
+) -> None:
+    """Send commands in a row without waiting; raise the first error, since it causes those after it."""
+    running = (monitor.execute(command, arguments, timeout=timeout) for command, arguments in commands)
+    for result in await asyncio.gather(*running, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+async def _unplug(monitor: Monitor, names: NicNames, timeout: float, queues: int = 0) -> None:
+    async with monitor.events(
+        "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", accept=lambda data: data.get("device") == names.device
+    ) as events:
+        try:
+            await monitor.execute("device_del", {"id": names.device})
+        except CommandError as error:
+            # A guest that was asked before and has not answered yet: its answer is the one to wait for.
+            pending = "already in the process of unplug" in error.message
+            if not pending and error.error_class != "DeviceNotFound":
+                raise
+        else:
+            pending = True
+        if pending:
+            await _deleted(events, names, timeout)
+    await _remove_backend(monitor, names, queues)
+
+
+async def _deleted(events: Events, names: NicNames, timeout: float) -> None:
+    try:
+        async with asyncio.timeout(timeout):
+            event = await events.next()
+    except TimeoutError:
+        text = f"the guest did not let go of {names.device} ({names.slot.path}) within {timeout:g} s"
+        raise StuckDeviceError(text) from None
+    if event["event"] != "DEVICE_DELETED":
+        raise StuckDeviceError(f"the guest refused to let go of {names.device} ({names.slot.path})")
+
+
+async def _remove_backend(monitor: Monitor, names: NicNames, queues: int) -> None:
+    """Remove what stands behind a device that is gone; while it is there, QEMU aborts in netdev_del."""
+    results = await asyncio.gather(
+        monitor.execute("netdev_del", {"id": names.netdev}),
+        monitor.execute("chardev-remove", {"id": names.chardev}),
+        _close_fds(monitor, names.tap_fd, queues),
+        _close_fds(monitor, names.vhost_fd, queues),
+        return_exceptions=True,
+    )
+    for error in results:
+        if isinstance(error, BaseException) and not _absent(error):
+            raise error
+
+
+async def _close_fds(monitor: Monitor, name: Callable[[int], str], count: int = 0) -> None:
+    """Close what was passed and never used: `count` descriptors, or as many as there are in a row."""
+    for queue in itertools.count() if not count else range(count):
+        try:
+            await monitor.execute("closefd", {"fdname": name(queue)})
+        except CommandError as error:
+            if not _absent(error):
+                raise
+            if not count:
+                return
+
+
+def _absent(error: BaseException) -> bool:
+    # QMP has a class of its own for this, and half of the commands use it.
+    return isinstance(error, CommandError) and "not found" in error.message
