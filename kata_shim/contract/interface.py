@@ -53,8 +53,8 @@ _SOCKET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9.-]*")
 class Address:
     """One IP address of a NIC: `family` AF_INET or AF_INET6, `prefix` in bits.
 
-    `address` is the user's own spelling, because the documented answer repeats what was passed in; equality, the
-    list and the guest go by `canonical`.
+    `address` is the user's own spelling, because the documented answer repeats what was passed in; equality,
+    the list and the guest go by `canonical`.
     """
 
     family: int
