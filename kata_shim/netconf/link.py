@@ -1,0 +1,201 @@
+"""Links: find one, wait for one, bring its name, MTU and state to what is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
+from kata_shim.netconf.netlink import NETLINK_ROUTE, KernelError, Message, Netlink
+
+# include/uapi/linux/rtnetlink.h, if.h
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+RTM_SETLINK = 19
+RTMGRP_LINK = 1
+RTEXT_FILTER_SKIP_STATS = 8
+IFF_UP = 1
+
+_RECEIVE = 65536  # bytes; more than any one link message
+_EVENTS_BUFFER = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link as the kernel has it; `mac` is lower-case with colons, "" for none; `mtu` in bytes."""
+
+    index: int
+    name: str
+    mac: str
+    mtu: int
+    up: bool
+
+
+def from_message(message: Message) -> Link:
+    """Return the link that an RTM_NEWLINK or RTM_DELLINK message is about."""
+    return Link(
+        index=message["index"],
+        name=message.get_attr("IFLA_IFNAME"),
+        mac=message.get_attr("IFLA_ADDRESS") or "",
+        mtu=message.get_attr("IFLA_MTU"),
+        up=bool(message["flags"] & IFF_UP),
+    )
+
+
+def index_of(name: str) -> int:
+    """Return the index of the link of that name in this process's network namespace; raises `not-found`."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise KernelError(errno.ENODEV, "", f"device {name}") from None
+
+
+def name_of(index: int) -> str:
+    """Return the name of the link of that index in this process's network namespace, "" when it has gone."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
+
+
+async def find(netlink: Netlink, name: str = "", index: int = 0) -> Link | None:
+    """Return the link of that name or index."""
+    request = ifinfmsg()
+    request["index"] = index
+    request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
+    if name:
+        request["attrs"].append(("IFLA_IFNAME", name))
+    try:
+        return from_message(await netlink.get(request, RTM_GETLINK, f"link {name or index}"))
+    except KernelError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+
+
+async def list_all(netlink: Netlink) -> list[Link]:
+    """Return all links, in the order they came."""
+    request = ifinfmsg()
+    request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
+    return [from_message(message) for message in await netlink.dump(request, RTM_GETLINK, "list links")]
+
+
+async def ensure(netlink: Netlink, link: Link, *, name: str = "", mtu: int = 0, up: bool = True) -> Link:
+    """Bring a link to this name and MTU ("" and 0: as they are) and up or down; return it as it is then.
+
+    One request where the kernel allows it, none where nothing differs. Linux before 6.2 does not rename a
+    link that is up: there it goes down for a moment, which takes its routes and IPv6 addresses along. On an
+    error the link is as it was, but for those.
+    """
+    wanted = replace(link, name=name or link.name, mtu=mtu or link.mtu, up=up)
+    if wanted == link:
+        return link
+    try:
+        try:
+            await _change(netlink, link, wanted)
+        except KernelError as error:
+            if error.errno != errno.EBUSY or not link.up or wanted.name == link.name:
+                raise
+            await _change(netlink, link, replace(wanted, up=False))
+            await _change(netlink, replace(wanted, up=False), wanted)
+    except BaseException:
+        with suppress(KernelError):
+            await _put_back(netlink, link)
+        raise
+    return wanted
+
+
+async def _change(netlink: Netlink, link: Link, wanted: Link) -> None:
+    request = ifinfmsg()
+    request["index"] = link.index
+    attrs: list[tuple[str, object]] = []
+    words = []
+    if wanted.mtu != link.mtu:
+        attrs.append(("IFLA_MTU", wanted.mtu))
+        words.append(f"mtu {wanted.mtu}")
+    if wanted.name != link.name:
+        attrs.append(("IFLA_IFNAME", wanted.name))
+        words.append(f"name {wanted.name}")
+    if wanted.up != link.up:
+        request["flags"] = IFF_UP if wanted.up else 0
+        request["change"] = IFF_UP
+        words.append("up" if wanted.up else "down")
+    request["attrs"] = attrs
+    await netlink.change(request, RTM_SETLINK, 0, f"link {link.name}: {', '.join(words)}")
+
+
+async def _put_back(netlink: Netlink, link: Link) -> None:
+    """Undo what a request that the kernel refused in its middle may have done."""
+    now = await find(netlink, index=link.index)
+    if now is None or now == link:
+        return
+    if now.up and now.name != link.name:
+        down = replace(now, up=False)
+        await _change(netlink, now, down)
+        now = down
+    await _change(netlink, now, link)
+
+
+class Monitor:
+    """Tells waiting tasks of new and changed links of its network namespace; one socket for all of them."""
+
+    def __init__(self) -> None:
+        """Subscribe to the kernel's link events (RTMGRP_LINK). Needs a running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._marshal = MarshalRtnl()
+        self._watchers: dict[asyncio.Queue[Link | None], bytes] = {}
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_ROUTE)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _EVENTS_BUFFER)
+        self._socket.bind((0, RTMGRP_LINK))
+        self._loop.add_reader(self._socket, self._read)
+
+    @contextmanager
+    def watch(self, mac: str) -> Iterator[asyncio.Queue[Link | None]]:
+        """Collect from now on every state that a link of this hardware address gets.
+
+        None says that events were lost and the caller has to look for itself. Who subscribes first and looks
+        then misses nothing.
+        """
+        queue: asyncio.Queue[Link | None] = asyncio.Queue()
+        self._watchers[queue] = bytes.fromhex(mac.replace(":", ""))
+        try:
+            yield queue
+        finally:
+            del self._watchers[queue]
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                for queue in self._watchers:
+                    queue.put_nowait(None)
+                continue
+            # Decoding is dear, so only what somebody waits for is decoded.
+            waiting = [(queue, mac) for queue, mac in self._watchers.items() if mac in data]
+            if waiting:
+                self._tell(data, waiting)
+
+    def _tell(self, data: bytes, waiting: list[tuple[asyncio.Queue[Link | None], bytes]]) -> None:
+        for message in self._marshal.parse(data):
+            if message["header"]["type"] != RTM_NEWLINK:
+                continue
+            link = from_message(message)
+            for queue, mac in waiting:
+                if link.mac == mac.hex(":"):
+                    queue.put_nowait(link)
