@@ -116,7 +116,7 @@ def resolve(root: str, prefix: str) -> str:
     return found[0]
 
 
-class Cancelled(ShimError):
+class CancelledError(ShimError):
     """A call that the caller interrupted, and that ended in an error."""
 
 
@@ -139,7 +139,7 @@ class Connection:
         `params` is JSON text without a raw newline; `progress` gets the value of each progress answer. Raises
         ShimError: the shim's own error, or `unavailable` when the shim ended first. KeyboardInterrupt cancels
         the call in the shim and waits (at most CANCEL_TIMEOUT s) for how it ended: its result is returned,
-        its error raised as Cancelled. A second KeyboardInterrupt is passed on at once.
+        its error raised as CancelledError. A second KeyboardInterrupt is passed on at once.
         """
         call_id, request = self.request(method, params)
         self.send(request)
@@ -152,9 +152,9 @@ class Connection:
             return self.answer(call_id, progress)
         except TimeoutError:
             message = f"cancelled, but the shim did not say how it ended within {CANCEL_TIMEOUT:g} s"
-            raise Cancelled("cancelled", message) from None
+            raise CancelledError("cancelled", message) from None
         except ShimError as error:
-            raise Cancelled(error.code, error.message, **error.attrs) from None
+            raise CancelledError(error.code, error.message, **error.attrs) from None
 
     def request(self, method: str, params: bytes = b"") -> tuple[int, bytes]:
         """Return the id and the line of a new request; raises ShimError if the line would be too long."""

@@ -1,0 +1,148 @@
+"""kata-runtime exec: a command in the guest, its stdin, stdout and stderr joined to ours."""
+
+from __future__ import annotations
+
+import binascii
+import json
+import os
+import select
+import signal
+
+from kata_shim import client
+from kata_shim.cli.arguments import UsageError
+from kata_shim.cli.terminal import say, write
+from kata_shim.errors import ShimError, invalid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kata_shim.cli.arguments import Arguments
+
+CHUNK = 48 * 1024
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def execute(arguments: Arguments) -> int:
+    """Run a command in the guest; the exit status is the command's, 128+n when signal n ended it.
+
+    The first signal cancels the command and waits for its end, a second one leaves at once: status 128+n.
+    """
+    sandbox_id = client.resolve(arguments.root, arguments.words[0])
+    argv = arguments.words[1:]
+    if not argv:
+        raise UsageError("which command?")
+    environment = {}
+    for setting in arguments.all("--env"):
+        name, equals, value = setting.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--env: {setting} is not NAME=VALUE")
+        environment[name] = value
+    try:
+        params = json.dumps(
+            {"argv": argv, "env": environment, "cwd": arguments.last("--cwd") or None}, ensure_ascii=False
+        ).encode()
+    except UnicodeEncodeError:
+        raise invalid("argv, --env, --cwd: not UTF-8") from None
+    return _Pump(client.connect(arguments.root, sandbox_id, say)).run(params)
+
+
+class _Pump:
+    """Moves bytes between our descriptors and the shim, never waiting for one while another could go on."""
+
+    def __init__(self, connection: client.Connection) -> None:
+        self._connection = connection
+        self._call = 0
+        self._unsent = bytearray()
+        self._stdin_open = True
+        self._signal = 0
+        self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake)
+        for number in _FORWARDED:
+            # The wakeup descriptor carries the number; a handler must be there for Python to write it. What
+            # the caller ignores (nohup, a shell's background job) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+
+    def run(self, params: bytes) -> int:
+        self._call, request = self._connection.request("sandbox.exec", params)
+        self._unsent += request
+        self._connection.socket.setblocking(False)
+        try:
+            while True:
+                status = self._step()
+                if status is not None:
+                    return status
+        except ShimError:
+            if self._signal:
+                return 128 + self._signal
+            raise
+
+    def _step(self) -> int | None:
+        shim = self._connection.socket.fileno()
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(shim, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        # Stdin is read no faster than the shim takes it.
+        if self._stdin_open and not self._unsent:
+            poll.register(0, select.POLLIN)
+        ready = dict(poll.poll())
+        if self._wake in ready and self._take_signals():
+            return 128 + self._signal
+        if shim in ready and ready[shim] & ~select.POLLOUT:
+            for line in self._connection.receive():
+                result = self._connection.judge(line, self._call, _write_output)
+                if result is not None:
+                    return _status(result)
+        if shim in ready and ready[shim] & select.POLLOUT:
+            self._send()
+        if 0 in ready:
+            self._read_stdin()
+        return None
+
+    def _take_signals(self) -> bool:
+        """Cancel the command for the first signal; tell whether there was a second one."""
+        for number in os.read(self._wake, 64):
+            if self._signal:
+                return True
+            self._signal = number
+            self._unsent += client.cancellation(self._call)
+        return False
+
+    def _send(self) -> None:
+        try:
+            sent = self._connection.socket.send(self._unsent)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._connection.death() from None
+        del self._unsent[:sent]
+
+    def _read_stdin(self) -> None:
+        try:
+            data = os.read(0, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._stdin_open = bool(data)
+        text = b'"%s"' % binascii.b2a_base64(data, newline=False) if data else b"null"
+        self._unsent += b'{"id":%d,"stdin":%s}\n' % (self._call, text)
+
+
+def _write_output(progress: Any) -> None:
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        if isinstance(progress, dict) and stream in progress:
+            try:
+                data = binascii.a2b_base64(progress[stream], strict_mode=True)
+            except (TypeError, ValueError):
+                raise ShimError("data-loss", f"the shim's {stream} is not base64") from None
+            write(descriptor, data)
+
+
+def _status(result: bytes) -> int:
+    try:
+        status = json.loads(result)["exit_status"]
+    except (ValueError, TypeError, KeyError):
+        status = None
+    if not isinstance(status, int) or not 0 <= status <= 255:
+        raise ShimError("data-loss", f"the shim's answer is not of its protocol: {result[:80]!r}")
+    return status

@@ -1,0 +1,166 @@
+"""kata-runtime run, list, state and delete: a sandbox's life without containerd."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+from kata_shim import client
+from kata_shim.cli.terminal import ProgressLine, say, write
+from kata_shim.errors import ShimError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kata_shim.cli.arguments import Arguments
+
+OCI_VERSION = "1.0.2"
+LIST_TIMEOUT = 2.0
+_COLUMNS = ("id", "status", "pid", "accelerator", "created")
+_HEADINGS = ("ID", "STATE", "PID", "ACCELERATOR", "CREATED")
+
+
+def run(arguments: Arguments) -> int:
+    """Start a sandbox; without --detach, stay until it stops or a signal ends it, and delete it then.
+
+    SIGINT and SIGTERM are the ordinary end of an attached sandbox: exit status 0. Whatever goes wrong before
+    it runs leaves nothing behind.
+    """
+    root, sandbox_id = arguments.root, arguments.words[0]
+    config = os.path.abspath(arguments.last("--config")) if arguments.has("--config") else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    client.claim(root, sandbox_id)
+    line = ProgressLine()
+    try:
+        connection = client.connect(root, sandbox_id, line.say)
+        connection.call("sandbox.start", _dump({"config": config}), line.show)
+    except BaseException:
+        line.clear()
+        _discard(root, sandbox_id)
+        raise
+    line.clear()
+    if arguments.has("--detach"):
+        return 0
+    try:
+        connection.call("sandbox.wait")
+    except client.CancelledError:
+        pass
+    finally:
+        _discard(root, sandbox_id)
+    return 0
+
+
+def delete(arguments: Arguments) -> int:
+    """Delete a sandbox: without --force a stopped one; with it any, and one that is not there is no error."""
+    root, force = arguments.root, arguments.has("--force")
+    try:
+        sandbox_id = client.resolve(root, arguments.words[0])
+    except ShimError as error:
+        if force and error.code == "not-found":
+            return 0
+        raise
+    try:
+        client.connect(root, sandbox_id, say).call("sandbox.delete", _dump({"force": force}))
+    except ShimError as error:
+        if error.code != "unavailable":
+            raise
+        # Another's delete may have taken the shim from under this one, or no shim may be able to start.
+        if os.path.lexists(client.sandbox_directory(root, sandbox_id)):
+            if not force:
+                raise
+            client.remove(root, sandbox_id)
+    return 0
+
+
+def state(arguments: Arguments) -> int:
+    """Print a sandbox's state as the OCI runtime specification has it, and our own keys after it."""
+    sandbox_id = client.resolve(arguments.root, arguments.words[0])
+    answer = client.connect(arguments.root, sandbox_id, say).call("sandbox.state")
+    write(1, _dump(_described(sandbox_id, json.loads(answer))) + b"\n")
+    return 0
+
+
+def list_all(arguments: Arguments) -> int:
+    """Print every sandbox of the root. One whose shim is dead or silent is `unknown`: none is started."""
+    sandboxes = _ask_all(arguments.root)
+    if arguments.has("--json"):
+        write(1, _dump(sandboxes) + b"\n")
+        return 0
+    rows = [_HEADINGS, *(tuple(str(sandbox.get(key) or "-") for key in _COLUMNS) for sandbox in sandboxes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    write(1, "".join(f"{line}\n" for line in lines).encode())
+    return 0
+
+
+def _ask_all(root: str) -> list[dict[str, Any]]:
+    """Return the state of every sandbox; all are asked before the first answer is waited for."""
+    asked: dict[str, tuple[client.Connection, int] | None] = {}
+    for sandbox_id in client.list_ids(root):
+        try:
+            connection = client.connect(root, sandbox_id, revive=False)
+            call, request = connection.request("sandbox.state")
+            connection.send(request)
+            asked[sandbox_id] = (connection, call)
+        except (ShimError, OSError):
+            asked[sandbox_id] = None
+    deadline = time.monotonic() + LIST_TIMEOUT
+    found = []
+    for sandbox_id, pending in asked.items():
+        try:
+            if pending is None:
+                raise TimeoutError
+            connection, call = pending
+            connection.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            found.append(_described(sandbox_id, json.loads(connection.answer(call))))
+        except (ShimError, OSError):
+            if os.path.isdir(client.sandbox_directory(root, sandbox_id)):
+                found.append(
+                    _described(sandbox_id, _recorded(root, sandbox_id) | {"state": "unknown", "pid": 0})
+                )
+    return found
+
+
+def _recorded(root: str, sandbox_id: str) -> dict[str, Any]:
+    """Return what does not change in a sandbox's record; nothing where there is none that can be read."""
+    try:
+        with open(f"{client.sandbox_directory(root, sandbox_id)}/record.json", "rb") as file:
+            record = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    return {key: record[key] for key in ("accelerator", "created") if key in record}
+
+
+def _described(sandbox_id: str, answer: Any) -> dict[str, Any]:
+    values = dict(answer) if isinstance(answer, dict) else {}
+    status = values.pop("state", "unknown")
+    described = {"ociVersion": OCI_VERSION, "id": sandbox_id, "status": status, "pid": values.pop("pid", 0)}
+    return described | {key: value for key, value in values.items() if key not in described}
+
+
+def _discard(root: str, sandbox_id: str) -> None:
+    """Delete a sandbox whatever its state, by its shim where there is one or something that needs one.
+
+    Signals wait meanwhile. What could not be deleted is said, not raised: the caller has a cause of its own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    directory = client.sandbox_directory(root, sandbox_id)
+    recorded = os.path.lexists(f"{directory}/record.json")
+    try:
+        client.connect(root, sandbox_id, say, revive=recorded).call("sandbox.delete", _dump({"force": True}))
+    except (ShimError, OSError) as error:
+        try:
+            client.remove(root, sandbox_id)
+        except ShimError as remaining:
+            say(f"{error}")
+            say(f"{remaining}; `kata-runtime delete --force {sandbox_id}` tries again")
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
