@@ -9,8 +9,8 @@ from typing import TypeVar, cast
 from google.protobuf.message import DecodeError, EncodeError, Message
 
 from kata_shim.errors import NAMES, ShimError
-from kata_shim.protos.ttrpc_pb2 import Request, Response
 from kata_shim.ttrpc import link as link_layer
+from kata_shim.ttrpc.envelope_pb2 import Request, Response
 from kata_shim.ttrpc.wire import (
     MAX_PAYLOAD,
     MAX_STREAM_ID,
@@ -75,9 +75,9 @@ class Client(asyncio.Protocol):
 
         timeout: seconds. Raises deadline-exceeded, after which it may be tried again, or the channel's end.
         """
-        if self._link is None or self._opened.is_set():
-            return
         self._check_alive()
+        if self._opened.is_set():
+            return
         assert self._transport
         self._nonce = os.urandom(link_layer.NONCE_LENGTH // 2).hex()
         self._transport.write(link_layer.reset(self._nonce))
@@ -163,7 +163,8 @@ class Client(asyncio.Protocol):
             self._ready.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(ShimError("unavailable", f"{self.name}: {exc or 'the peer closed the connection'}"))
+        detail = f" ({exc})" if exc else ""
+        self._end(ShimError("unavailable", f"{self.name}: the peer closed the connection{detail}"))
         self._closed.set()
 
     def pause_writing(self) -> None:

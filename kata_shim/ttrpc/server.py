@@ -11,8 +11,8 @@ from typing import Any, cast
 from google.protobuf.message import DecodeError, Message
 
 from kata_shim.errors import ShimError
-from kata_shim.protos.ttrpc_pb2 import Request, Response, Status
 from kata_shim.ttrpc import link
+from kata_shim.ttrpc.envelope_pb2 import Request, Response, Status
 from kata_shim.ttrpc.wire import MAX_PAYLOAD, REQUEST, RESPONSE, Decoder, Frame, ProtocolError, encode
 
 Handler = Callable[[Any], Awaitable[Message]]
@@ -180,7 +180,7 @@ class LinkedSession:
             self._session = None
 
     def _lose(self, reason: str) -> None:
-        _log.warning("link: %s; everything is dropped until the next reset", reason)
+        _log.info("link: %s; everything is dropped until the next reset", reason)
         self.cancel()
         # A lone flag tells a host that is still there that its calls are lost; it is harmless before an echo.
         self._send(link.FLAG)

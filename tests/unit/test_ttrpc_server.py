@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from kata_shim.errors import ShimError
 from kata_shim.protos.health_pb2 import CheckRequest, HealthCheckResponse
 from kata_shim.protos.services import AGENT, HEALTH, HEALTH_SERVICE
-from kata_shim.protos.ttrpc_pb2 import Request, Response
 from kata_shim.ttrpc import link
+from kata_shim.ttrpc.envelope_pb2 import Request, Response
 from kata_shim.ttrpc.server import MAX_CALLS, Server, Session, snake_case
 from kata_shim.ttrpc.wire import REQUEST, RESPONSE, Decoder, Frame, ProtocolError, encode
 
