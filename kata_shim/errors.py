@@ -27,7 +27,7 @@ class ShimError(Exception):
     """A failure a caller can act on.
 
     `code` is a key of CODES; `message` says what was wrong, where, which rule it broke and what to do;
-    `attrs` are JSON values that travel beside it (`result`: what is printed on stdout in spite of the failure).
+    `attrs` are JSON values that travel beside it (`result`: what goes to stdout in spite of the failure).
     """
 
     def __init__(self, code: str, message: str, **attrs: object) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from kata_shim.errors import ShimError
@@ -126,3 +127,19 @@ def last_log_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def find_by_uuid(uuid: str) -> list[tuple[int, int]]:
+    """Return pid and start time of every process with `-uuid UUID` among its arguments: QEMUs without a record."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (b"-uuid", uuid.encode()) in pairwise(arguments):
+            pid = int(entry.name)
+            found.append((pid, read_start_time(pid)))
+    return found

@@ -1,0 +1,269 @@
+"""The shim's end of the agent's channel: one method per call, contract values in and out.
+
+What the guest answers is untrusted: the channel checks frames and messages, this module checks what they say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from kata_shim.contract.fields import AF_INET, AF_INET6
+from kata_shim.contract.interface import Interface
+from kata_shim.contract.route import DEFAULT, Route, RouteMatch
+from kata_shim.errors import ShimError
+from kata_shim.protos import agent_pb2, guest_pb2, types_pb2
+from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, SERVICES
+from kata_shim.ttrpc.client import Client
+
+VSOCK_PORT = 1024  # the Kata agent's
+VSOCK_RETRY = 0.02  # seconds
+CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
+OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
+SEED_BYTES = 64
+IFNAME_MOST = 15  # IFNAMSIZ of <linux/if.h> without the NUL
+
+_M = TypeVar("_M", bound=Message)
+Output = Callable[[str, bytes], Awaitable[None]]
+Address = Path | int  # the unix socket of the virtio-serial port, or the guest's vsock CID
+
+
+class Agent:
+    """The agent in one guest; its channel is reopened by the next call after it was lost."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._client: Client | None = None
+        self._opening = asyncio.Lock()
+
+    async def open(self, timeout: float) -> None:
+        """Wait until the agent answers; raises ShimError `unavailable` or `deadline-exceeded`."""
+        async with self._opening:
+            if self._client is None or self._client.cause is not None:
+                self._client = await _connect(self._address, timeout)
+
+    async def close(self) -> None:
+        """Close the channel; calls in flight end with `unavailable`."""
+        if self._client is not None:
+            self._client.close()
+            await self._client.wait_closed()
+
+    async def create_sandbox(self, sandbox_id: str) -> None:
+        """Tell the guest whose sandbox it is: hostname and id."""
+        request = agent_pb2.CreateSandboxRequest(hostname=sandbox_id, sandbox_id=sandbox_id)
+        await self._call(AGENT_SERVICE, "CreateSandbox", request)
+
+    async def destroy_sandbox(self, timeout: float) -> None:
+        """Let the guest flush what it has and power off."""
+        await self._call(AGENT_SERVICE, "DestroySandbox", agent_pb2.DestroySandboxRequest(), timeout)
+
+    async def set_time(self) -> None:
+        """Set the guest's clock to the host's."""
+        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        request = agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=nanoseconds // 1000)
+        await self._call(AGENT_SERVICE, "SetGuestDateTime", request)
+
+    async def reseed(self) -> None:
+        """Give the guest's random number generator fresh entropy of the host."""
+        request = agent_pb2.ReseedRandomDevRequest(data=os.urandom(SEED_BYTES))
+        await self._call(AGENT_SERVICE, "ReseedRandomDev", request)
+
+    async def update_interface(self, interface: Interface, path: str, timeout: float) -> None:
+        """Wait for the NIC at PCI path `path` and bring it to what `interface` says."""
+        request = agent_pb2.UpdateInterfaceRequest(interface=_to_interface(interface, path))
+        await self._call(AGENT_SERVICE, "UpdateInterface", request, timeout)
+
+    async def list_macs(self) -> set[str]:
+        """Return the hardware addresses of the guest's interfaces."""
+        request = agent_pb2.ListInterfacesRequest()
+        answer = _as(await self._call(AGENT_SERVICE, "ListInterfaces", request), agent_pb2.Interfaces)
+        return {interface.hwAddr for interface in answer.Interfaces}
+
+    async def add_route(self, route: Route) -> None:
+        """Add one route; a route that is there already is an error, in the kernel's words."""
+        await self._call(GUEST_SERVICE, "AddRoute", guest_pb2.AddRouteRequest(route=_to_route(route)))
+
+    async def delete_routes(self, match: RouteMatch) -> list[Route]:
+        """Delete every route of the main table that matches; return those deleted."""
+        request = guest_pb2.DeleteRoutesRequest(dest=match.network, gateway=match.via, device=match.device)
+        answer = await self._call(GUEST_SERVICE, "DeleteRoutes", request)
+        return _from_routes(_as(answer, agent_pb2.Routes))
+
+    async def list_routes(self) -> list[Route]:
+        """Return the main table, IPv4 first, without IPv6 link-local and multicast."""
+        answer = await self._call(GUEST_SERVICE, "ListMainRoutes", guest_pb2.ListMainRoutesRequest())
+        return _from_routes(_as(answer, agent_pb2.Routes))
+
+    async def update_routes(self, routes: list[Route]) -> list[Route]:
+        """Make the guest's routes, the kernel's own apart, exactly `routes`; return them as they are."""
+        wanted = agent_pb2.Routes(Routes=[_to_route(route) for route in routes])
+        request = agent_pb2.UpdateRoutesRequest(routes=wanted)
+        return _from_routes(_as(await self._call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes))
+
+    async def run(
+        self,
+        argv: list[str],
+        env: list[str],
+        cwd: str,
+        stdin: asyncio.Queue[bytes | None] | None,
+        output: Output,
+    ) -> int:
+        """Run a command in the guest; return its exit code, or 128 + the signal that ended it.
+
+        `output` is called with "stdout" or "stderr" and what was written; while it waits, the command does.
+        A cancelled caller's command is killed.
+        """
+        start = guest_pb2.StartCommandRequest(argv=argv, env=env, cwd=cwd, stdin=stdin is not None)
+        started = await self._call(GUEST_SERVICE, "StartCommand", start)
+        command = _as(started, guest_pb2.StartCommandResponse).command_id
+        feed = asyncio.create_task(self._feed(command, stdin)) if stdin is not None else None
+        try:
+            async with asyncio.TaskGroup() as streams:
+                streams.create_task(self._drain(command, guest_pb2.STDOUT, "stdout", output))
+                streams.create_task(self._drain(command, guest_pb2.STDERR, "stderr", output))
+            return await self._wait(command)
+        except* ShimError as errors:
+            raise errors.exceptions[0] from None
+        except* asyncio.CancelledError:
+            kill = guest_pb2.KillCommandRequest(command_id=command, signal=signal.SIGKILL)
+            await self._call(GUEST_SERVICE, "KillCommand", kill)
+            await self._wait(command)
+            raise
+        finally:
+            if feed is not None:
+                feed.cancel()
+
+    async def _wait(self, command: int) -> int:
+        request = guest_pb2.WaitCommandRequest(command_id=command)
+        answer = await self._call(GUEST_SERVICE, "WaitCommand", request, None)
+        return _as(answer, guest_pb2.WaitCommandResponse).status & 0xFF
+
+    async def _drain(self, command: int, stream: guest_pb2.Stream, name: str, output: Output) -> None:
+        request = guest_pb2.ReadOutputRequest(command_id=command, stream=stream, len=OUTPUT_CHUNK)
+        while True:
+            answer = await self._call(GUEST_SERVICE, "ReadOutput", request, None)
+            data = _as(answer, guest_pb2.ReadOutputResponse).data
+            if not data:
+                return
+            await output(name, data)
+
+    async def _feed(self, command: int, stdin: asyncio.Queue[bytes | None]) -> None:
+        """Hand stdin on; a command that no longer reads ends the feeding, not the command."""
+        try:
+            while (data := await stdin.get()) is not None:
+                request = guest_pb2.WriteStdinRequest(command_id=command, data=data)
+                await self._call(GUEST_SERVICE, "WriteStdin", request, None)
+            await self._call(GUEST_SERVICE, "CloseStdin", guest_pb2.CloseStdinRequest(command_id=command))
+        except ShimError:
+            while await stdin.get() is not None:
+                pass
+
+    async def _call(
+        self,
+        service: str,
+        method: str,
+        request: Message,
+        timeout: float | None = CALL_TIMEOUT,
+    ) -> Message:
+        if self._client is None or self._client.cause is not None:
+            await self.open(CALL_TIMEOUT)
+        assert self._client is not None
+        response = SERVICES[service][method][1]
+        return await self._client.call(service, method, request, response, timeout)
+
+
+async def _connect(address: Address, timeout: float) -> Client:
+    if isinstance(address, int):
+        client = Client(name=f"the agent at vsock {address}:{VSOCK_PORT}")
+        await _connect_vsock(client, address, timeout)
+        return client
+    client = await Client.connect(address, link=True, name="the agent's channel")
+    try:
+        await client.open(timeout)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:
+    """Connect as soon as the guest listens: vsock refuses until then, and tells nobody when that changes."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout):
+            while True:
+                sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+                sock.setblocking(False)
+                try:
+                    await loop.sock_connect(sock, (cid, VSOCK_PORT))
+                except (ConnectionResetError, ConnectionRefusedError, TimeoutError):
+                    sock.close()
+                    await asyncio.sleep(VSOCK_RETRY)
+                    continue
+                await loop.create_connection(lambda: client, sock=sock)
+                return
+    except TimeoutError:
+        raise ShimError("deadline-exceeded", f"{client.name}: no answer within {timeout:g} s") from None
+    except OSError as error:
+        raise ShimError("unavailable", f"{client.name}: {error.strerror}") from None
+
+
+def _as(message: Message, kind: type[_M]) -> _M:
+    assert isinstance(message, kind)
+    return message
+
+
+def _family(family: int) -> types_pb2.IPFamily:
+    return types_pb2.v4 if family == AF_INET else types_pb2.v6
+
+
+def _to_interface(interface: Interface, path: str) -> types_pb2.Interface:
+    addresses = [
+        types_pb2.IPAddress(family=_family(a.family), address=a.canonical, mask=str(a.prefix))
+        for a in interface.addresses
+    ]
+    return types_pb2.Interface(
+        device=interface.name,
+        name=interface.name,
+        IPAddresses=addresses,
+        mtu=interface.mtu,
+        hwAddr=interface.hw_addr,
+        devicePath=path,
+    )
+
+
+def _to_route(route: Route) -> types_pb2.Route:
+    return types_pb2.Route(
+        dest=route.dest if route.dest == DEFAULT else route.network,
+        gateway=route.via,
+        device=route.device,
+        family=_family(route.family),
+    )
+
+
+def _from_routes(routes: agent_pb2.Routes) -> list[Route]:
+    """Return the guest's routes; raises ShimError `data-loss` for what is none: the guest may be hostile."""
+    found = []
+    for route in routes.Routes:
+        family = AF_INET6 if route.family == types_pb2.v6 else AF_INET
+        dest = route.dest or DEFAULT
+        try:
+            if dest != DEFAULT:
+                ip_network(dest)
+            if route.gateway:
+                ip_address(route.gateway)
+        except ValueError as error:
+            raise ShimError("data-loss", f"the guest lists a route that is none: {error}") from None
+        if len(route.device) > IFNAME_MOST or not route.device.isprintable():
+            raise ShimError("data-loss", "the guest lists a route through a device whose name is none")
+        found.append(Route(dest, route.gateway, route.device, family))
+    return found

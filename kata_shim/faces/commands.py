@@ -1,0 +1,158 @@
+"""The methods of the JSON-lines wire: each parses its params once, calls the sandbox, and renders the answer.
+
+From the parse on, everything inside is valid; kata-network's documented stdout is made here, nowhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import TypeVar
+
+from kata_shim.contract.interface import (
+    Interface,
+    parse_interface,
+    parse_name,
+    render_interface,
+    render_listed,
+)
+from kata_shim.contract.route import parse_match, parse_route, parse_routes, render_route
+from kata_shim.errors import invalid
+from kata_shim.faces.jsonl import Call, Handler
+from kata_shim.sandbox.sandbox import Sandbox
+
+_T = TypeVar("_T")
+
+
+def methods(sandbox: Sandbox) -> dict[str, Handler]:
+    """Return every method of the wire, bound to `sandbox`."""
+    commands = _Commands(sandbox)
+    return {
+        "sandbox.start": commands.start,
+        "sandbox.state": commands.state,
+        "sandbox.wait": commands.wait,
+        "sandbox.watch": commands.watch,
+        "sandbox.exec": commands.exec,
+        "sandbox.delete": commands.delete,
+        "kata-network.add-iface": commands.add_iface,
+        "kata-network.update-iface": commands.update_iface,
+        "kata-network.del-iface": commands.del_iface,
+        "kata-network.list-ifaces": commands.list_ifaces,
+        "kata-network.add-route": commands.add_route,
+        "kata-network.del-route": commands.del_route,
+        "kata-network.list-routes": commands.list_routes,
+        "kata-network.update-routes": commands.update_routes,
+    }
+
+
+class _Commands:
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def start(self, call: Call) -> object:
+        config = _field(call, "config", str, "")
+
+        async def step(text: str) -> None:
+            await call.progress({"step": text})
+
+        call.warnings += await self._sandbox.start(config, step)
+        return self._sandbox.state()
+
+    async def state(self, call: Call) -> object:
+        await self._sandbox.ready()
+        return self._sandbox.state()
+
+    async def wait(self, call: Call) -> object:
+        await self._sandbox.wait()
+        return self._sandbox.state()
+
+    async def watch(self, call: Call) -> object:
+        await self._sandbox.watch(call.progress)
+        return None
+
+    async def delete(self, call: Call) -> object:
+        await self._sandbox.delete(force=_field(call, "force", bool, False))
+        return None
+
+    async def exec(self, call: Call) -> object:
+        argv, env = _field(call, "argv", list, []), _field(call, "env", dict, {})
+        if not argv or not all(_is_word(word) for word in argv):
+            raise invalid("argv: not an array of one or more strings without NUL")
+        if not all(_is_word(name) and _is_word(value) and name for name, value in env.items()):
+            raise invalid("env: not an object of strings without NUL")
+
+        async def output(stream: str, data: bytes) -> None:
+            await call.progress({stream: base64.b64encode(data).decode()})
+
+        status = await self._sandbox.exec(
+            argv,
+            [f"{name}={value}" for name, value in env.items()],
+            _field(call, "cwd", str, ""),
+            call.stdin if _field(call, "stdin", bool, True) else None,
+            output,
+        )
+        return {"exit_status": status}
+
+    async def add_iface(self, call: Call) -> object:
+        interface = _parse(call, parse_interface)
+        nic = await (await self._sandbox.network()).add(interface)
+        return render_interface(interface, nic.slot.path)
+
+    async def update_iface(self, call: Call) -> object:
+        interface: Interface = _parse(call, parse_interface)
+        nic = await (await self._sandbox.network()).update(interface)
+        return render_interface(nic.interface, nic.slot.path)
+
+    async def del_iface(self, call: Call) -> object:
+        name = _parse(call, parse_name)
+        if not await (await self._sandbox.network()).delete(name):
+            call.warnings.append(f"name: no NIC {name} was added by kata-network; nothing was deleted")
+        return None
+
+    async def list_ifaces(self, call: Call) -> object:
+        return [
+            render_listed(interface) for interface in (await self._sandbox.network()).interfaces()
+        ] or None
+
+    async def add_route(self, call: Call) -> object:
+        route = _parse(call, parse_route)
+        await (await self._sandbox.network()).add_route(route)
+        return [render_route(route)]
+
+    async def del_route(self, call: Call) -> object:
+        match = _parse(call, parse_match)
+        return [render_route(route) for route in await (await self._sandbox.network()).delete_routes(match)]
+
+    async def list_routes(self, call: Call) -> object:
+        return [render_route(route) for route in await (await self._sandbox.network()).routes()] or None
+
+    async def update_routes(self, call: Call) -> object:
+        routes = _parse(call, parse_routes)
+        updated = await (await self._sandbox.network()).update_routes(routes)
+        return [render_route(route) for route in updated]
+
+
+def _parse(call: Call, parser: Callable[[object], tuple[_T, list[str]]]) -> _T:
+    value, warnings = parser(call.params)
+    call.warnings += warnings
+    return value
+
+
+def _field(call: Call, name: str, kind: type[_T], default: _T) -> _T:
+    if call.params is None:
+        return default
+    if not isinstance(call.params, dict):
+        raise invalid("params: not an object")
+    value = call.params.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise invalid(f"{name}: not {_KINDS[kind]}")
+    return value
+
+
+_KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value

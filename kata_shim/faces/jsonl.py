@@ -1,0 +1,202 @@
+"""The JSON-lines server: requests of many connections, answered as they finish (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from kata_shim import log
+from kata_shim.errors import ShimError
+from kata_shim.messages import (
+    MAX_LINE,
+    Cancel,
+    LineError,
+    Request,
+    Stdin,
+    failure,
+    parse,
+    progress,
+    result,
+)
+
+MAX_IN_FLIGHT = 1024  # requests of one connection; its further lines wait, so a flood costs the flooder only
+CLOSE_TIMEOUT = 2.0  # seconds for answers that are due when the server closes
+MAX_STDIN = 16  # lines of stdin that wait for a command which does not read
+
+
+class Call:
+    """One request as its handler sees it."""
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.method = request.method
+        self.params = request.params
+        self.warnings: list[str] = []
+        self.stdin: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STDIN)
+        self.task: asyncio.Task[None] | None = None
+        self._connection = connection
+        self._id = request.id
+
+    async def progress(self, value: object) -> None:
+        """Send one progress line; waits while the client does not read."""
+        await self._connection.send(progress(self._id, value))
+
+    def cancel(self) -> None:
+        """Cancel the handler, once: what it then does to undo its work is not interrupted again."""
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+
+
+Handler = Callable[[Call], Awaitable[object]]
+
+
+class Connection:
+    """One client: reads its lines, runs its requests as tasks, and cancels them when it goes away."""
+
+    def __init__(
+        self, methods: dict[str, Handler], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._methods = methods
+        self._reader = reader
+        self._writer = writer
+        self._calls: dict[int | str, Call] = {}
+        self.tasks: set[asyncio.Task[None]] = set()  # of the requests in flight
+        self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
+
+    async def serve(self) -> None:
+        """Answer until the client closes or breaks the framing; then every request in flight is cancelled."""
+        try:
+            while line := await self._read_line():
+                await self._take(line)
+        finally:
+            for call in self._calls.values():
+                call.cancel()
+            if self.tasks:
+                await asyncio.wait(self.tasks)
+            self._writer.close()
+            with suppress(OSError):
+                await self._writer.wait_closed()
+
+    async def send(self, line: bytes) -> None:
+        """Write one line; waits while the client does not read, and forgets it when the client is gone."""
+        with suppress(OSError):
+            self._writer.write(line)
+            await self._writer.drain()
+
+    async def _read_line(self) -> bytes:
+        try:
+            return await self._reader.readuntil(b"\n")
+        except asyncio.IncompleteReadError:
+            return b""  # half a line is no request
+        except asyncio.LimitOverrunError:
+            await self.send(failure(None, LineError(None, f"line: more than {MAX_LINE} bytes")))
+            return b""
+        except OSError:
+            return b""
+
+    async def _take(self, line: bytes) -> None:
+        try:
+            message = parse(line)
+        except LineError as error:
+            await self.send(failure(error.request_id, error))
+            return
+        if isinstance(message, Request):
+            await self._start(message)
+            return
+        call = self._calls.get(message.id)
+        if call is None:
+            return  # it has ended already
+        if isinstance(message, Cancel):
+            call.cancel()
+        elif isinstance(message, Stdin):
+            await self._feed(call, message.data)
+
+    async def _feed(self, call: Call, data: bytes | None) -> None:
+        """Hand stdin on; a full queue holds this connection's further lines back, unless its request ends."""
+        if not call.stdin.full() or call.task is None:
+            with suppress(asyncio.QueueFull):
+                call.stdin.put_nowait(data)
+            return
+        put = asyncio.create_task(call.stdin.put(data))
+        await asyncio.wait((put, call.task), return_when=asyncio.FIRST_COMPLETED)
+        put.cancel()
+
+    async def _start(self, request: Request) -> None:
+        if request.id in self._calls:
+            await self.send(failure(request.id, LineError(request.id, "id: a request with it is in flight")))
+            return
+        handler = self._methods.get(request.method)
+        if handler is None:
+            error = ShimError("unimplemented", f"method: {request.method[:64]!a} is unknown")
+            await self.send(failure(request.id, error))
+            return
+        await self._room.acquire()
+        call = Call(self, request)
+        self._calls[request.id] = call
+        call.task = asyncio.create_task(self._run(handler, call, request.id))
+        self.tasks.add(call.task)
+        call.task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, handler: Handler, call: Call, request_id: int | str) -> None:
+        try:
+            line = await _answer(handler, call, request_id)
+        finally:
+            del self._calls[request_id]
+            self._room.release()
+        await self.send(line)
+
+
+async def _answer(handler: Handler, call: Call, request_id: int | str) -> bytes:
+    try:
+        return result(request_id, await handler(call), call.warnings)
+    except ShimError as error:
+        return failure(request_id, error, call.warnings)
+    except asyncio.CancelledError:
+        return failure(request_id, ShimError("cancelled", "the request was cancelled"), call.warnings)
+    except Exception as error:
+        log.exception("request failed by a defect", method=call.method)
+        text = f"{call.method}: {type(error).__name__}: {error}; see shim.log"
+        return failure(request_id, ShimError("internal", text), call.warnings)
+
+
+class Server:
+    """Serves `methods` on a listening unix socket to clients of root or of the shim's own user."""
+
+    def __init__(self, methods: dict[str, Handler]) -> None:
+        self._methods = methods
+        self._server: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], Connection] = {}
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Start to accept. The socket stays the server's own until `close`."""
+        self._server = await asyncio.start_unix_server(self._accept, sock=listener, limit=MAX_LINE)
+
+    async def close(self) -> None:
+        """Stop accepting, let the answers that are due go out, and close every connection."""
+        if self._server is not None:
+            self._server.close()
+        due = [task for connection in self._connections.values() for task in connection.tasks]
+        if due:
+            await asyncio.wait(due, timeout=CLOSE_TIMEOUT)
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("=iII", peer)
+        if uid not in (0, os.geteuid()):
+            log.warning("refused a client that is neither root nor the shim's user", pid=pid, uid=uid)
+            writer.close()
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = connection = Connection(self._methods, reader, writer)
+        try:
+            await connection.serve()
+        finally:
+            del self._connections[task]

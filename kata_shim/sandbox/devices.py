@@ -1,0 +1,63 @@
+"""Host-wide reservation of the names that add-iface's `device` takes: unique on the host, as documented."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kata_shim.errors import ShimError
+
+
+class HostDevices:
+    """The `device` names that one sandbox holds: `<root>/devices/<device>`, a symlink to the sandbox's id."""
+
+    def __init__(self, root: Path, sandbox_id: str) -> None:
+        self._directory = root / "devices"
+        self._sandboxes = root / "sandboxes"
+        self._id = sandbox_id
+
+    def claim(self, device: str) -> None:
+        """Take `device` for this sandbox; raises ShimError `already-exists` naming the sandbox that has it.
+
+        The claim of a sandbox that is gone is taken over.
+        """
+        link = self._directory / device
+        with self._locked():
+            with suppress(FileNotFoundError):
+                owner = os.readlink(link)
+                if os.path.isdir(self._sandboxes / owner):
+                    raise ShimError(
+                        "already-exists",
+                        f"device: {device} is already used by sandbox {owner}; it must be unique on the host",
+                    )
+                os.unlink(link)
+            os.symlink(self._id, link)
+
+    def release(self, device: str) -> None:
+        """Give `device` back; what this sandbox does not hold is left alone."""
+        link = self._directory / device
+        with self._locked(), suppress(FileNotFoundError):
+            if os.readlink(link) == self._id:
+                os.unlink(link)
+
+    def release_all_but(self, devices: set[str]) -> None:
+        """Give back every name this sandbox holds that is not in `devices`: after a crash, and at its end."""
+        if not self._directory.is_dir():
+            return
+        for link in self._directory.iterdir():
+            if link.name not in devices:
+                self.release(link.name)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the directory's lock: between a look at a stale link and its removal others must wait."""
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)

@@ -1,0 +1,289 @@
+"""The virtual machine of one sandbox: QEMU, its monitor, its console and the agent inside, as one thing.
+
+Everything that can end it ends in one `gone`, with the most telling cause. Nothing here knows of records or
+commands: it starts, takes over, plugs, unplugs, and dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kata_shim import log
+from kata_shim.agent import Agent
+from kata_shim.config import Config
+from kata_shim.contract.interface import Interface
+from kata_shim.errors import ShimError
+from kata_shim.netconf import link
+from kata_shim.netconf.netlink import Netlink
+from kata_shim.qemu import accelerator, cmdline, hotplug, tap
+from kata_shim.qemu.console import Console
+from kata_shim.qemu.monitor import Monitor
+from kata_shim.qemu.process import Process, last_log_line, spawn
+from kata_shim.qemu.topology import Slot, Topology
+
+VHOST_VSOCK = Path("/dev/vhost-vsock")
+SOCKETS = ("qmp", "console", "agent")
+REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
+Step = Callable[[str], Awaitable[None]]
+_T = TypeVar("_T")
+
+
+class Machine:
+    """One QEMU. `gone` is done, with the cause, as soon as it has ended for whatever reason."""
+
+    def __init__(self, directory: Path, config: Config, accelerators: Path) -> None:
+        """Prepare the sandbox in `directory`; `accelerators` is the file that remembers trials."""
+        self._hypervisor = hypervisor = config.hypervisor
+        self._patience = hypervisor.hotplug_timeout  # seconds
+        self.topology = Topology(
+            hypervisor.machine_type, hypervisor.default_root_ports, hypervisor.default_bridges
+        )
+        self.accelerator = ""
+        self._cpu_model = hypervisor.cpu_model
+        self._accelerators = accelerators
+        self.console = Console()
+        self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.process: Process
+        self.monitor: Monitor
+        self.agent: Agent
+        self._log = directory / "qemu.log"
+        # A socket's path is at most 107 bytes long; by way of this descriptor any directory is near enough.
+        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._near = Path(f"/proc/self/fd/{self._directory}")
+        self._host: Netlink | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def boot(
+        self, name: str, uuid: str, started: Callable[[Process], Awaitable[None]], step: Step
+    ) -> None:
+        """Start QEMU and wait until the guest's agent answers.
+
+        `started` is called as soon as the process exists. Raises ShimError with the best cause there is; the
+        process, if any, is dead then.
+        """
+        hypervisor = self._hypervisor
+        cid = _guest_cid(uuid) if hypervisor.use_vsock else 0
+        await step("finding the accelerator")
+        await self._choose_accelerator()
+        await step(f"starting QEMU ({self.accelerator})")
+        listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
+        fds = {name: listener.fileno() for name, listener in listeners.items()}
+        try:
+            self.process = spawn(
+                cmdline.build(self._spec(name, uuid, cid, fds)), self._log, list(fds.values())
+            )
+        finally:
+            for listener in listeners.values():
+                listener.close()
+        try:
+            await started(self.process)
+            await self._connect(cid, hypervisor.agent_timeout, step)
+            await self.agent.create_sandbox(name)
+        except BaseException:
+            await self.kill()
+            raise
+
+    async def attach(self, uuid: str, pid: int, start_time: int) -> None:
+        """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended."""
+        self.process = Process.attach(pid, start_time)
+        await self._connect(_guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT, _quiet)
+
+    async def kill(self) -> None:
+        """End QEMU and everything held of it; what is dead already stays dead."""
+        if hasattr(self, "process"):
+            await self.process.kill()
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of QEMU, which goes on."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if hasattr(self, "agent"):
+            await self.agent.close()
+        if hasattr(self, "monitor"):
+            await self.monitor.close()
+        await self.console.close()
+        if hasattr(self, "process"):
+            self.process.close()
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+    def cause(self) -> str:
+        """Return the best reason known for QEMU's end: the guest's panic, QEMU's last words, its status."""
+        said = last_log_line(self._log)
+        heard = self.console.cause()
+        status = self.process.exited.result() if self.process.exited.done() else None
+        how = "QEMU ended"
+        if status is not None:
+            how = f"QEMU was ended by signal {-status}" if status < 0 else f"QEMU exited with status {status}"
+        if "panic" in heard:
+            return f"the guest's kernel: {heard}"
+        words = [how, f"QEMU: {said}" if said else "", f"the guest's console: {heard}" if heard else ""]
+        return "; ".join(word for word in words if word)
+
+    async def plug(self, interface: Interface, slot: Slot) -> None:
+        """Hot-plug the NIC, host and QEMU at the same time; `unplug` takes back what was done."""
+        if interface.vhost_user_socket:
+            await self._plug_vhost_user(interface, slot)
+            return
+        vhost = not self._hypervisor.disable_vhost_net
+        with tap.open_tap(interface.device, interface.queue_pairs, vhost=vhost) as backend:
+            await together(
+                self.set_host_mtu(interface),
+                hotplug.plug_nic(self.monitor, slot, interface.hw_addr, backend, undo_timeout=self._patience),
+            )
+
+    async def _plug_vhost_user(self, interface: Interface, slot: Slot) -> None:
+        if not self._hypervisor.shared_memory:
+            raise ShimError(
+                "failed-precondition",
+                "vhostUserSocket: the guest's memory is not shared, so the back end could not reach it;"
+                " set shared_memory = true in configuration.toml",
+            )
+        backend = hotplug.VhostUser(interface.vhost_user_socket, interface.queue_pairs)
+        # QEMU before 10 crashes when TCG meets vhost-user and MSI-X.
+        msix = self.accelerator != "tcg" or await self.monitor.version() >= (10, 0)
+        await hotplug.plug_nic(
+            self.monitor, slot, interface.hw_addr, backend, msix=msix, undo_timeout=self._patience
+        )
+
+    async def unplug(self, slot: Slot) -> None:
+        """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""
+        if not self.gone.done():
+            await hotplug.unplug_nic(self.monitor, slot, timeout=self._patience)
+
+    async def configure(self, interface: Interface, slot: Slot) -> None:
+        """Have the guest bring the NIC to what `interface` says; waits for the NIC to appear."""
+        await self.agent.update_interface(interface, slot.path, self._patience)
+
+    async def set_host_mtu(self, interface: Interface) -> None:
+        """Bring the host's tap to the NIC's MTU, and up; a vhost-user NIC has none."""
+        if interface.vhost_user_socket:
+            return
+        if self._host is None:
+            self._host = Netlink()
+        found = await link.find(self._host, interface.device)
+        if found is None:
+            raise ShimError("not-found", f"device: {interface.device} has gone from the host")
+        await link.ensure(self._host, found, mtu=interface.mtu)
+
+    async def _choose_accelerator(self) -> None:
+        """Take the configured accelerator, or what a trial finds out, once for all sandboxes of the host."""
+        hypervisor = self._hypervisor
+        self.accelerator = hypervisor.accelerator
+        if self.accelerator == "auto":
+            found = await accelerator.find(hypervisor.path, hypervisor.kernel, self._accelerators)
+            log.info("accelerator", name=found.name, reason=found.reason)
+            self.accelerator = found.name
+            self._cpu_model = hypervisor.cpu_model or found.cpu_model
+
+    def _spec(self, name: str, uuid: str, cid: int, fds: dict[str, int]) -> cmdline.MachineSpec:
+        hypervisor = self._hypervisor
+        params = [hypervisor.kernel_params, "agent.channel=vsock" if cid else ""]
+        return cmdline.MachineSpec(
+            name=name,
+            uuid=uuid,
+            path=hypervisor.path,
+            topology=self.topology,
+            accelerator=self.accelerator,
+            kernel=hypervisor.kernel,
+            initrd=hypervisor.initrd,
+            default_vcpus=hypervisor.default_vcpus,
+            default_memory=hypervisor.default_memory,
+            qmp_fd=fds["qmp"],
+            console_fd=fds["console"],
+            agent_fd=fds.get("agent", -1),
+            guest_cid=cid,
+            kernel_params=" ".join(word for word in params if word),
+            machine_accelerators=hypervisor.machine_accelerators,
+            cpu_model=self._cpu_model,
+            firmware=hypervisor.firmware,
+            entropy_source=hypervisor.entropy_source,
+            shared_memory=hypervisor.shared_memory,
+            enable_debug=hypervisor.enable_debug,
+        )
+
+    def _listen(self, name: str) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(f"{self._near}/{name}.sock")
+            listener.listen(1)
+        except OSError as error:
+            listener.close()
+            raise ShimError("internal", f"{name}.sock: {error.strerror}") from None
+        return listener
+
+    async def _connect(self, cid: int, timeout: float, step: Step) -> None:
+        """Connect console, monitor and agent; QEMU's end cuts the waiting short."""
+        self._watcher = asyncio.create_task(self._watch())
+        await self.console.connect(self._near / "console.sock")
+        self.monitor = await self._unless_gone(
+            Monitor.connect(self._near / "qmp.sock", explain=lambda: last_log_line(self._log))
+        )
+        self.agent = Agent(cid or self._near / "agent.sock")
+        await step("booting the guest")
+        try:
+            await self._unless_gone(self.agent.open(timeout))
+        except ShimError as error:
+            if error.code != "deadline-exceeded":
+                raise
+            heard = self.console.cause()
+            words = f"; the guest's console: {heard}" if heard else ""
+            text = f"the guest's agent does not answer within {timeout:g} s (agent_timeout){words}"
+            raise ShimError("deadline-exceeded", text) from None
+
+    async def _unless_gone(self, waiting: Coroutine[Any, Any, _T]) -> _T:
+        task = asyncio.create_task(waiting)
+        try:
+            await asyncio.wait((task, self.gone), return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and not task.exception():
+                return task.result()
+            if not self.gone.done():
+                # A channel that breaks is often the first sign of QEMU's end: its cause says more.
+                await asyncio.wait((self.gone,), timeout=1.0)
+            if self.gone.done():
+                raise ShimError("unavailable", self.gone.result())
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+
+    async def _watch(self) -> None:
+        await asyncio.shield(self.process.exited)
+        await self.console.drain()
+        cause = self.cause()
+        log.info("QEMU has ended", cause=cause)
+        self.gone.set_result(cause)
+
+
+async def together(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all to their end; the first failure cancels the others, waits for their undo, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _quiet(_: str) -> None:
+    return None
+
+
+def _guest_cid(uuid: str) -> int:
+    """Return a context id for the guest, from the sandbox's uuid: 0, 1, 2 and 2^32-1 are taken (vsock(7))."""
+    if not VHOST_VSOCK.exists():
+        raise ShimError(
+            "failed-precondition",
+            f"use_vsock: {VHOST_VSOCK} does not exist; load the module vhost_vsock, or set use_vsock = false",
+        )
+    return 3 + int(uuid.replace("-", ""), 16) % (2**32 - 4)

@@ -1,0 +1,122 @@
+"""record.json: what the sandbox owns, on disk before and after each step; a killed shim loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiofiles
+import aiofiles.os
+import orjson
+
+from kata_shim.contract.interface import Interface, from_record, to_record
+from kata_shim.errors import ShimError
+from kata_shim.qemu.topology import Slot
+
+
+@dataclass(slots=True)
+class Nic:
+    """One NIC that add-iface added.
+
+    `phase`: `adding` (not whole yet; re-attach takes it back), `present`, `removing` (re-attach finishes it).
+    """
+
+    interface: Interface
+    slot: Slot
+    phase: str
+
+    def to_json(self) -> dict[str, object]:
+        """Return the NIC as record.json holds it."""
+        return {"interface": to_record(self.interface), "path": self.slot.path, "phase": self.phase}
+
+
+@dataclass(slots=True)
+class Record:
+    """Everything a new shim must know to take the sandbox over."""
+
+    id: str
+    config: str  # the configuration.toml it was started with
+    created: str  # RFC 3339, UTC
+    uuid: str  # QEMU's -uuid: finds the process when its pid was not written any more
+    state: str = "creating"
+    cause: str = ""
+    pid: int = 0
+    start_time: int = 0  # of that pid, clock ticks after boot: proof against pid reuse
+    accelerator: str = ""
+    nics: list[Nic] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the record as it is written."""
+        values: dict[str, object] = {name: getattr(self, name) for name in _SCALARS}
+        return {**values, "nics": [nic.to_json() for nic in self.nics]}
+
+
+_SCALARS = ("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator")
+
+
+def load(path: Path, slot_of: Callable[[str], Slot]) -> Record:
+    """Return what record.json says; `slot_of` turns a NIC's PCI path back into its slot.
+
+    Raises FileNotFoundError, and ShimError `data-loss` for a file that this program did not write.
+    """
+    data = path.read_bytes()
+    try:
+        value: dict[str, Any] = orjson.loads(data)
+        record = Record(**{name: value[name] for name in _SCALARS})
+        record.nics = [
+            Nic(from_record(nic["interface"]), slot_of(nic["path"]), nic["phase"]) for nic in value["nics"]
+        ]
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, ShimError) as error:
+        raise ShimError("data-loss", f"{path}: not a record of this version: {error}") from None
+    return record
+
+
+class RecordFile:
+    """Writes the record atomically; saves that come while one is written are covered by one more write."""
+
+    def __init__(self, path: Path, render: Callable[[], dict[str, object]]) -> None:
+        self._path = path
+        self._render = render
+        self._lock = asyncio.Lock()
+        self._wanted = 0
+        self._written = 0
+
+    async def save(self) -> None:
+        """Return once a version at least as new as this call is on disk.
+
+        Raises ShimError `resource-exhausted` in the kernel's words when it cannot be written; the version
+        before then still stands whole. A cancelled caller leaves no half-written file.
+        """
+        self._wanted += 1
+        mine = self._wanted
+        async with self._lock:
+            if self._written >= mine:
+                return
+            covered = self._wanted
+            write = asyncio.ensure_future(self._write(orjson.dumps(self._render())))
+            try:
+                await asyncio.shield(write)
+            except asyncio.CancelledError:
+                await asyncio.wait((write,))
+                raise
+            except OSError as error:
+                raise ShimError(
+                    "resource-exhausted", f"{self._path}: cannot be written: {error.strerror}"
+                ) from None
+            self._written = covered
+
+    async def _write(self, data: bytes) -> None:
+        new = self._path.with_suffix(".new")
+        try:
+            async with aiofiles.open(new, "wb") as file:
+                await file.write(data)
+            await aiofiles.os.replace(new, self._path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.unlink(new)
+            raise

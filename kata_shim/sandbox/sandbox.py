@@ -1,0 +1,291 @@
+"""One sandbox: ties lifecycle, record, machine and network together; the faces call this, nothing below."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kata_shim import log
+from kata_shim.agent import Output
+from kata_shim.config import check_files, find_config
+from kata_shim.config import load as load_config
+from kata_shim.errors import ShimError
+from kata_shim.qemu.process import Process, find_by_uuid
+from kata_shim.sandbox.devices import HostDevices
+from kata_shim.sandbox.lifecycle import Lifecycle
+from kata_shim.sandbox.machine import Machine, Step
+from kata_shim.sandbox.network import Network
+from kata_shim.sandbox.record import Record, RecordFile, load
+
+ASKED_TIMEOUT = 2.0  # seconds between a shim's first breath and the start its starter asks for
+MAX_WATCHED = 1024  # events that wait for a watcher who does not read
+
+
+class Sandbox:
+    """The sandbox that one shim serves; `gone` is set when its directory is cleared and the shim may end."""
+
+    def __init__(self, root: Path, sandbox_id: str) -> None:
+        self.id = sandbox_id
+        self.directory = root / "sandboxes" / sandbox_id
+        self.gone = asyncio.Event()
+        self.lifecycle = Lifecycle(sandbox_id)
+        self.record = Record(
+            sandbox_id, "", datetime.now(UTC).isoformat(timespec="seconds"), str(uuid.uuid4())
+        )
+        self._file = RecordFile(self.directory / "record.json", self._render)
+        self._devices = HostDevices(root, sandbox_id)
+        self._accelerators = root / "accelerator.json"
+        self._machine: Machine | None = None
+        self._network: Network | None = None
+        self._asked = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._watchers: set[asyncio.Queue[dict[str, object]]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Life
+
+    async def start(self, config: str, step: Step) -> list[str]:
+        """Boot the sandbox; return what the caller should be told.
+
+        `config` is a path, "" for the usual places. On any failure, a cancelled caller's included, nothing is
+        left: no process, no directory; then the shim has nothing to serve any more either.
+        """
+        if self._asked.is_set():
+            raise ShimError("failed-precondition", f"sandbox {self.id} is {self.lifecycle.state} already")
+        self._asked.set()
+        try:
+            return await self._start(config, step)
+        except BaseException:
+            self.lifecycle.state = "deleting"
+            await self._clear()
+            raise
+        finally:
+            self._ready.set()
+
+    async def _start(self, config: str, step: Step) -> list[str]:
+        path = find_config(config or None)
+        settings, warnings = load_config(path)
+        check_files(settings)
+        # A later shim must read what this one read, whatever becomes of the file.
+        (self.directory / "configuration.toml").write_text(settings.text)
+        if settings.runtime.enable_debug or settings.hypervisor.enable_debug:
+            log.setup(self.id, debug=True)
+        if settings.not_acted_on:
+            log.warning("set, but without effect in this version", fields=", ".join(settings.not_acted_on))
+        machine = self._machine = Machine(self.directory, settings, self._accelerators)
+        self.record.config = str(path)
+        await self._file.save()
+
+        async def started(process: Process) -> None:
+            self.record.pid, self.record.start_time = process.pid, process.start_time
+            self.record.accelerator = machine.accelerator
+            await self._file.save()
+
+        await machine.boot(self.id, self.record.uuid, started, step)
+        self._run(machine)
+        await self._file.save()
+        log.info("the sandbox runs", pid=self.record.pid, accelerator=machine.accelerator)
+        if machine.accelerator == "tcg":
+            warnings = [*warnings, "no usable KVM on this host: QEMU emulates (TCG), which is slow"]
+        return warnings
+
+    async def reattach(self) -> None:
+        """Take over what an earlier shim left; the record is brought to what is really there."""
+        self._asked.set()
+        try:
+            await self._reattach()
+        except ShimError as error:
+            self.lifecycle.stop(error.message)
+            self._stopped.set()
+            log.warning("cannot take the sandbox over", error=error.message)
+        finally:
+            self._ready.set()
+
+    async def _reattach(self) -> None:
+        settings, _ = load_config(self.directory / "configuration.toml")
+        machine = self._machine = Machine(self.directory, settings, self._accelerators)
+        self.record = load(self.directory / "record.json", machine.topology.reserve)
+        if self.record.state != "running":
+            cause = self.record.cause or "its shim was ended while it was starting"
+            await self._kill_strays()
+            raise ShimError("failed-precondition", cause)
+        machine.accelerator = self.record.accelerator
+        try:
+            await machine.attach(self.record.uuid, self.record.pid, self.record.start_time)
+        except ShimError as error:
+            if error.code != "not-found":
+                raise
+            raise ShimError("not-found", f"QEMU ended while no shim watched: {machine.cause()}") from None
+        self._run(machine)
+        assert self._network is not None
+        await self._network.reconcile()
+        await self._file.save()
+        log.info("took the sandbox over", pid=self.record.pid)
+
+    def _run(self, machine: Machine) -> None:
+        self._network = Network(machine, self.record, self._file, self._devices, self.announce)
+        self.lifecycle.state = "running"
+        self._spawn(self._watch_machine(machine))
+        self.announce("state", state="running")
+
+    async def _watch_machine(self, machine: Machine) -> None:
+        cause = await asyncio.shield(machine.gone)
+        if self.lifecycle.state != "deleting":
+            self.lifecycle.stop(cause)
+            self.announce("state", state="stopped", cause=cause)
+            self._stopped.set()
+            try:
+                await self._file.save()
+            except ShimError as error:
+                log.warning("the end is not on record", error=error.message)
+
+    async def delete(self, *, force: bool) -> None:
+        """End the sandbox and clear everything it owns.
+
+        Raises ShimError `failed-precondition` for a sandbox that runs, unless `force`. Once begun it is not
+        given up, whatever becomes of the caller.
+        """
+        if self._asked.is_set():
+            await self.ready()
+        self.lifecycle.require("delete")
+        if self.lifecycle.state == "running" and not force:
+            raise ShimError(
+                "failed-precondition",
+                f"sandbox {self.id} is running; stop it first, or delete it with --force",
+            )
+        self.lifecycle.state = "deleting"
+        task = self._spawn(self._clear())
+        await asyncio.shield(task)
+
+    async def _clear(self) -> None:
+        if self._machine is not None:
+            await self._machine.kill()
+        await self._kill_strays()
+        self._devices.release_all_but(set())
+        await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
+        log.info("the sandbox is gone")
+        self.announce("state", state="deleted")
+        self._stopped.set()
+        self.gone.set()
+
+    async def _kill_strays(self) -> None:
+        """End a QEMU whose pid no record holds: the shim was killed between starting it and writing so."""
+        for pid, start_time in find_by_uuid(self.record.uuid):
+            try:
+                process = Process.attach(pid, start_time)
+            except ShimError:
+                continue
+            await process.kill()
+            process.close()
+
+    # Use
+
+    async def ready(self) -> None:
+        """Wait until the sandbox is started or taken over, or has failed to be.
+
+        Raises ShimError `failed-precondition` where nobody asks for either: a shim was killed before it wrote
+        a record, and there is only a directory to delete.
+        """
+        try:
+            await asyncio.wait_for(self._asked.wait(), ASKED_TIMEOUT)
+        except TimeoutError:
+            raise ShimError(
+                "failed-precondition", f"sandbox {self.id} was never started; delete it"
+            ) from None
+        await self._ready.wait()
+
+    async def abandon_unless_asked(self, timeout: float) -> None:
+        """Clear the directory when no start comes: who made it has died since."""
+        try:
+            await asyncio.wait_for(self._asked.wait(), timeout)
+        except TimeoutError:
+            self.lifecycle.state = "deleting"
+            await self._clear()
+
+    async def network(self) -> Network:
+        """Return kata-network's operations; raises ShimError `failed-precondition` unless it runs."""
+        await self.ready()
+        self.lifecycle.require("network")
+        assert self._network is not None
+        return self._network
+
+    async def exec(
+        self,
+        argv: list[str],
+        env: list[str],
+        cwd: str,
+        stdin: asyncio.Queue[bytes | None] | None,
+        output: Output,
+    ) -> int:
+        """Run a command in the guest; see Agent.run."""
+        await self.ready()
+        self.lifecycle.require("exec")
+        assert self._machine is not None
+        return await self._machine.agent.run(argv, env, cwd, stdin, output)
+
+    async def wait(self) -> None:
+        """Wait until the sandbox has stopped."""
+        await self.ready()
+        await self._stopped.wait()
+
+    async def watch(self, tell: Callable[[object], Awaitable[None]]) -> None:
+        """Tell every change of state from now on, the present one first, until the sandbox is gone."""
+        queue: asyncio.Queue[dict[str, object]] = asyncio.Queue(MAX_WATCHED)
+        self._watchers.add(queue)
+        try:
+            await tell({"event": "state", "state": self.lifecycle.state})
+            while True:
+                event = await queue.get()
+                await tell(event)
+                if event.get("state") == "deleted":
+                    return
+                if queue.full():
+                    raise ShimError("resource-exhausted", "the watcher reads too slowly; events were lost")
+        finally:
+            self._watchers.discard(queue)
+
+    def announce(self, event: str, **fields: object) -> None:
+        """Send one event to every watcher."""
+        log.debug(event, **fields)
+        for queue in self._watchers:
+            if not queue.full():
+                queue.put_nowait({"event": event, **fields})
+
+    def state(self) -> dict[str, object]:
+        """Return the sandbox's state as `kata-runtime state` shows it."""
+        record = self.record
+        state: dict[str, object] = {
+            "id": self.id,
+            "state": self.lifecycle.state,
+            "pid": record.pid if self.lifecycle.state == "running" else 0,
+            "shimPid": os.getpid(),
+            "created": record.created,
+            "accelerator": record.accelerator,
+            "config": record.config,
+            "ifaces": len(record.nics),
+        }
+        return {**state, "cause": self.lifecycle.cause} if self.lifecycle.cause else state
+
+    async def close(self) -> None:
+        """Let go of everything without ending it: the shim stops, the sandbox goes on."""
+        for task in self._tasks:
+            task.cancel()
+        if self._machine is not None:
+            await self._machine.close()
+
+    def _render(self) -> dict[str, object]:
+        self.record.state, self.record.cause = self.lifecycle.state, self.lifecycle.cause
+        return self.record.to_json()
+
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,90 @@
+"""containerd-shim-kata-v2: the composition root of the per-sandbox process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kata_shim import log
+from kata_shim.contract.ids import check_id
+from kata_shim.errors import ShimError
+from kata_shim.faces.commands import methods
+from kata_shim.faces.jsonl import Server
+from kata_shim.sandbox.sandbox import Sandbox
+
+USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N ID
+       containerd-shim-kata-v2 check [--config FILE]
+
+Started by kata-runtime, not by hand: `serve` answers on an inherited listening socket, `check` prints what
+this host offers as one JSON object.
+"""
+START_TIMEOUT = 30.0  # seconds; a shim that nobody asks for anything leaves nothing behind
+
+
+async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
+    """Serve one sandbox until it is gone: a new one, or the one whose record stands in its directory."""
+    sandbox = Sandbox(root, sandbox_id)
+    server = Server(methods(sandbox))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, sandbox.gone.set)
+    await server.listen(listener)
+    if (sandbox.directory / "record.json").exists():
+        await sandbox.reattach()
+    else:
+        await sandbox.abandon_unless_asked(START_TIMEOUT)
+    await sandbox.gone.wait()
+    await server.close()
+    await sandbox.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; exit status 2 for misuse."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command, options, rest = _parse(arguments)
+        if command == "serve":
+            (sandbox_id,) = rest
+            return _serve(Path(options["--root"]), check_id(sandbox_id), int(options["--listen-fd"]))
+        if command == "check" and not rest:
+            return _check(options.get("--config", ""))
+    except (KeyError, ValueError):
+        pass
+    except ShimError as error:
+        print(f"containerd-shim-kata-v2: {error.message}", file=sys.stderr)
+        return 1
+    sys.stderr.write(USAGE)
+    return 2
+
+
+def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
+    command, *words = arguments
+    options, rest = {}, []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            options[word] = words.pop(0) if words else ""
+        else:
+            rest.append(word)
+    return command, options, rest
+
+
+def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
+    os.umask(0o077)
+    log.setup(sandbox_id)
+    listener = socket.socket(fileno=listen_fd)
+    os.set_inheritable(listen_fd, False)
+    asyncio.run(serve(root, sandbox_id, listener))
+    return 0
+
+
+def _check(config: str) -> int:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())

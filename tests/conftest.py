@@ -1,0 +1,54 @@
+"""What every test shares: a network namespace of the run's own, a root of state, a look for what is left."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import Runtime, World, leftovers
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWNET = 0x40000000
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionstart() -> None:
+    """Move the run into a network and a mount namespace of its own: nothing touches the host's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET | CLONE_NEWNS):
+        pytest.exit(f"unshare: {os.strerror(ctypes.get_errno())}; the tests need root", returncode=2)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+@pytest.fixture(scope="session")
+def root() -> Iterator[Path]:
+    """The root of state of the whole run."""
+    path = Path(f"/run/kata-shim-test.{os.getpid()}")
+    path.mkdir(mode=0o700)
+    yield path
+    remaining = leftovers(path)
+    shutil.rmtree(path)
+    assert not remaining.processes, f"left running: {remaining.processes}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(root: Path) -> Iterator[None]:
+    """Fail a test that leaves a process, network device, namespace, mount, claim or sandbox behind."""
+    before = leftovers(root)
+    yield
+    after = leftovers(root)
+    assert after.beyond(before) == World(), f"left behind: {after.beyond(before)}"
+
+
+@pytest.fixture(scope="session")
+def runtime(root: Path) -> Runtime:
+    """The CLI on the run's root, with the shipped configuration.toml."""
+    return Runtime(root, PROJECT / "configuration.toml")

@@ -1,0 +1,150 @@
+"""The tests' hands: the CLI as a user runs it, and a look at what a test may leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit status, stdout, stderr."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """Stdout as JSON."""
+        return json.loads(self.stdout)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`kata-runtime` on one root of state."""
+
+    root: Path
+    config: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the CLI runs with."""
+        return {
+            **os.environ,
+            "KATA_SHIM_ROOT": str(self.root),
+            "KATA_SHIM_CONFIG": str(self.config),
+        }
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of a call."""
+        return [str(BIN / "kata-runtime"), *arguments]
+
+    def __call__(self, *arguments: str, stdin: str | bytes = b"", timeout: float = 120) -> Result:
+        """Run the CLI to its end."""
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        done = subprocess.run(
+            self.command(*arguments),
+            input=data,
+            capture_output=True,
+            env=self.environment,
+            timeout=timeout,
+        )
+        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        """Start the CLI and return at once."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.environment,
+        )
+
+
+@dataclass(frozen=True)
+class Guest:
+    """One running sandbox, by the CLI."""
+
+    runtime: Runtime
+    id: str
+
+    def network(self, command: str, value: object = None) -> Result:
+        """Run a kata-network command with `value` as its input; a string goes in as it is."""
+        if value is None:
+            return self.runtime("kata-network", command, self.id)
+        text = value if isinstance(value, str) else json.dumps(value)
+        return self.runtime("kata-network", command, self.id, "-", stdin=text)
+
+    def run(self, *argv: str, stdin: bytes = b"") -> Result:
+        """Run a command in the guest."""
+        return self.runtime("exec", self.id, "--", *argv, stdin=stdin)
+
+    def links(self) -> list[str]:
+        """The names of the guest's network devices."""
+        return sorted(link["ifname"] for link in self.run("ip", "-j", "link").json)
+
+    def record(self) -> dict[str, Any]:
+        """What record.json says."""
+        text = (self.runtime.root / "sandboxes" / self.id / "record.json").read_text()
+        return dict(json.loads(text))
+
+
+@dataclass(frozen=True)
+class World:
+    """What a test can leave behind."""
+
+    processes: frozenset[str] = field(default_factory=frozenset)
+    links: frozenset[str] = field(default_factory=frozenset)
+    namespaces: frozenset[str] = field(default_factory=frozenset)
+    mounts: frozenset[str] = field(default_factory=frozenset)
+    files: frozenset[str] = field(default_factory=frozenset)
+
+    def beyond(self, before: Self) -> World:
+        """What is here and was not there before."""
+        new = {each.name: getattr(self, each.name) - getattr(before, each.name) for each in fields(self)}
+        return World(**new)
+
+
+def leftovers(root: Path) -> World:
+    """Look at everything that belongs to this run."""
+    return World(
+        processes=frozenset(_processes(root)),
+        links=frozenset(os.listdir("/sys/class/net")),
+        namespaces=frozenset(_list("/run/netns")),
+        mounts=frozenset(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
+        files=frozenset(
+            f"{directory}/{name}"
+            for directory in ("sandboxes", "devices")
+            for name in _list(f"{root}/{directory}")
+        ),
+    )
+
+
+def _list(directory: str) -> list[str]:
+    with suppress(FileNotFoundError):
+        return os.listdir(directory)
+    return []
+
+
+def _processes(root: Path) -> list[str]:
+    """Every process that was started with this root, or writes into it, and every zombie child."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            output = os.readlink(f"/proc/{pid}/fd/1") if words else ""
+        except OSError:
+            continue
+        if str(root) in words or output.startswith(str(root)):
+            found.append(f"{pid} {words[:60]}")
+    return found
