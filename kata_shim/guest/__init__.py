@@ -1,0 +1,1 @@
+"""The agent in the guest: answers the shim's calls over ttrpc."""

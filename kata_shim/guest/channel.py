@@ -1,0 +1,126 @@
+"""The channel to the shim: a virtio-serial port, or stream connections over vsock or a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+from collections.abc import Callable
+
+from kata_shim.guest.commands import Commands
+from kata_shim.ttrpc.server import Server, ServerProtocol
+
+PORT_NAME = "agent.channel.0"
+VSOCK_PORT = 1024  # the Kata agent's
+
+_PORTS = "/sys/class/virtio-ports"
+_NETLINK_KOBJECT_UEVENT = 15
+_KERNEL_GROUP = 1
+_READ = 64 * 1024  # bytes
+_UNSENT_LIMIT = 8 << 20  # bytes of answers after which no more requests are read
+
+NewServer = Callable[[], tuple[Server, Commands]]
+
+
+class VirtioPort:
+    """Serves one session after the other on a virtio-serial port, each begun by the shim's reset.
+
+    While nobody is connected on the host the port polls as hung up for ever, so its descriptor is watched
+    edge-triggered, by an epoll of its own.
+    """
+
+    def __init__(self, fd: int, new_server: NewServer) -> None:
+        """Take over `fd`, a port opened read-write and non-blocking. Needs a running loop."""
+        self._fd = fd
+        self._unsent = bytearray()
+        server, self._commands = new_server()
+        self._session = server.linked_session(self._send, self._begin)
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        self._loop.add_reader(self._epoll, self._woken)
+
+    def close(self) -> None:
+        """End the session and close the port."""
+        self._session.cancel()
+        self._commands.abandon()
+        self._loop.remove_reader(self._epoll)
+        self._epoll.close()
+        os.close(self._fd)
+
+    def _begin(self) -> None:
+        """The shim has reset the link: what belongs to the session before goes."""
+        self._unsent.clear()
+        self._commands.abandon()
+
+    def _send(self, data: bytes) -> None:
+        self._unsent += data
+        if len(self._unsent) == len(data):
+            self._write()
+
+    def _woken(self) -> None:
+        self._epoll.poll(0)
+        self._write()
+        while len(self._unsent) < _UNSENT_LIMIT:
+            try:
+                data = os.read(self._fd, _READ)
+            except BlockingIOError:
+                return
+            if not data:
+                # The host has gone; the session lives until the reset of who comes next.
+                self._unsent.clear()
+                return
+            self._session.receive(data)
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self._fd, self._unsent)]
+        except (BlockingIOError, BrokenPipeError):
+            return
+
+
+class _Connection(ServerProtocol):
+    def __init__(self, new_server: NewServer) -> None:
+        server, self._commands = new_server()
+        super().__init__(server)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._commands.abandon()
+
+
+async def listen(listener: socket.socket, new_server: NewServer) -> asyncio.Server:
+    """Serve every connection to a bound stream socket as a session of its own."""
+    return await asyncio.get_running_loop().create_server(lambda: _Connection(new_server), sock=listener)
+
+
+def vsock_listener() -> socket.socket:
+    """Return a socket bound to the agent's vsock port."""
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    listener.bind((socket.VMADDR_CID_ANY, VSOCK_PORT))
+    return listener
+
+
+async def open_port() -> int:
+    """Return the open agent port; wait for the kernel to announce it where it is not there yet."""
+    loop = asyncio.get_running_loop()
+    flags = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_NETLINK, flags, _NETLINK_KOBJECT_UEVENT) as events:
+        # First listen, then look: so no port slips through.
+        events.bind((0, _KERNEL_GROUP))
+        while not (device := _find_port()):
+            await loop.sock_recv(events, _READ)
+    return os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _find_port() -> str:
+    for port in os.listdir(_PORTS) if os.path.isdir(_PORTS) else ():
+        try:
+            with open(f"{_PORTS}/{port}/name") as name:
+                if name.read().strip() == PORT_NAME:
+                    return f"/dev/{port}"
+        except FileNotFoundError:
+            continue
+    return ""

@@ -1,0 +1,104 @@
+"""Child processes of the agent, which may be PID 1 and then inherits every orphan of the guest."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from kata_shim.errors import ShimError, invalid
+
+_CODES = {errno.ENOENT: "not-found", errno.EACCES: "permission-denied", errno.ENOMEM: "resource-exhausted"}
+
+
+class Child:
+    """A process that was started: `process` has its pipes, `exited` its exit code or 128 + signal."""
+
+    def __init__(self, process: subprocess.Popen[bytes], exited: asyncio.Future[int]) -> None:
+        self.process = process
+        self.exited = exited
+
+    def kill(self, number: int) -> None:
+        """Send a signal to the process group; nothing happens once the process has been reaped."""
+        if not self.exited.done():
+            os.killpg(self.process.pid, number)
+
+
+class Children:
+    """Starts processes and reaps all that end, the agent's own and the inherited ones, in one place."""
+
+    def __init__(self) -> None:
+        """Take over SIGCHLD. Needs a running loop, in the main thread."""
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[int, Child] = {}
+        self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        self._reap()
+
+    def spawn(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, stdin: bool, stdout: int, stderr: int
+    ) -> Child:
+        """Start a process in a session of its own; `stdin` says whether it gets a pipe or /dev/null.
+
+        Raises `not-found`, `permission-denied` or `invalid-argument`, saying what of it cannot be run.
+        """
+        if not argv:
+            raise invalid("argv: no command given")
+        try:
+            process = subprocess.Popen(
+                argv,
+                bufsize=0,
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            if error.filename == cwd:
+                raise ShimError("not-found", f"cwd: {cwd}: {error.strerror}") from None
+            words = error.strerror if "/" in argv[0] else "command not found"
+            raise ShimError("not-found", f"{argv[0]}: {words}") from None
+        except OSError as error:
+            code = _CODES.get(error.errno or 0, "invalid-argument")
+            raise ShimError(code, f"{error.filename or argv[0]}: {error.strerror}") from None
+        except ValueError as error:
+            raise invalid(f"argv, env or cwd: {error}") from None
+        child = Child(process, self._loop.create_future())
+        self._running[process.pid] = child
+        return child
+
+    async def run(self, argv: Sequence[str]) -> None:
+        """Run a program of the guest's own; raises `internal` with what it wrote to stderr if it fails."""
+        child = self.spawn(
+            argv, env=os.environ, cwd="/", stdin=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        assert child.process.stderr is not None
+        with child.process.stderr as stderr:
+            status = await child.exited
+            os.set_blocking(stderr.fileno(), False)
+            words = (stderr.read(4096) or b"").decode(errors="replace").strip()
+        if status:
+            raise ShimError("internal", f"{' '.join(argv)}: exit status {status}: {words}")
+
+    def close(self) -> None:
+        """Kill what runs and give SIGCHLD back."""
+        for child in self._running.values():
+            child.kill(signal.SIGKILL)
+        self._loop.remove_signal_handler(signal.SIGCHLD)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if child := self._running.pop(pid, None):
+                code = os.waitstatus_to_exitcode(status)
+                child.process.returncode = code
+                child.exited.set_result(code if code >= 0 else 128 - code)

@@ -1,0 +1,50 @@
+"""The network interface at a PCI path, by sysfs."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from kata_shim.errors import ShimError, invalid
+
+_DEVICES = "/sys/bus/pci/devices"
+_ROOT_BUS = "0000:00"
+_STEP = re.compile(r"([0-9a-f]{2})(?:\.([0-7]))?")
+
+
+def interface_at(path: str) -> str:
+    """Return the name of the interface at `path`, "" while there is none.
+
+    `path` is slot[.function] in hex for each step down from the root bus: "02/01" is slot 1 of the bus
+    behind the bridge in slot 2. Raises `invalid-argument` for another spelling, `failed-precondition` for a
+    step that is no bridge.
+    """
+    device = ""
+    for step in path.split("/"):
+        match = _STEP.fullmatch(step)
+        if match is None:
+            raise invalid(f"devicePath: {path} is not slot[.function]/slot[.function]/… in hex")
+        try:
+            bus = _bus_behind(device) if device else _ROOT_BUS
+        except FileNotFoundError:
+            return ""
+        if not bus:
+            raise ShimError("failed-precondition", f"devicePath: {path}: PCI device {device} is not a bridge")
+        device = f"{bus}:{match[1]}.{match[2] or 0}"
+    return _interface_of(f"{_DEVICES}/{device}")
+
+
+def _bus_behind(bridge: str) -> str:
+    """Return the bus behind a bridge, "" when the device is none; raises FileNotFoundError."""
+    names = os.listdir(f"{_DEVICES}/{bridge}")
+    return os.listdir(f"{_DEVICES}/{bridge}/pci_bus")[0] if "pci_bus" in names else ""
+
+
+def _interface_of(device: str) -> str:
+    try:
+        names = os.listdir(device)
+        if "net" not in names:
+            device += "/" + next(name for name in names if name.startswith("virtio"))
+        return next(iter(os.listdir(f"{device}/net")), "")
+    except (FileNotFoundError, StopIteration):
+        return ""

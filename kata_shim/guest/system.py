@@ -1,0 +1,57 @@
+"""What the agent does to the guest as a whole: clock, randomness, host name, power."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import time
+
+from kata_shim.errors import ShimError, invalid
+
+_RNDRESEEDCRNG = 0x5207  # include/uapi/linux/random.h
+_REBOOT_CMD_POWER_OFF = 0x4321FEDC  # include/uapi/linux/reboot.h
+_MEMORY = "/sys/devices/system/memory"
+HOST_NAME_MAX = 64  # include/uapi/linux/utsname.h; a longer id is cut
+
+
+def set_hostname(name: str) -> None:
+    """Set the guest's host name."""
+    socket.sethostname(name[:HOST_NAME_MAX])
+
+
+def set_time(seconds: int, microseconds: int) -> None:
+    """Set the clock, to the microsecond."""
+    if not 0 <= microseconds < 1_000_000:
+        raise invalid(f"Usec: {microseconds} is not within 0..999999")
+    try:
+        time.clock_settime_ns(time.CLOCK_REALTIME, seconds * 1_000_000_000 + microseconds * 1000)
+    except OSError as error:
+        raise ShimError("invalid-argument", f"Sec: {seconds}: {error.strerror}") from None
+
+
+def reseed(data: bytes) -> None:
+    """Mix `data` into the kernel's random number generator and make it take effect at once."""
+    with open("/dev/urandom", "wb", buffering=0) as device:
+        device.write(data)
+        fcntl.ioctl(device, _RNDRESEEDCRNG)
+
+
+def memory_block_size() -> int:
+    """Return the bytes of memory that are hot-plugged as one; 0 where the kernel cannot do it."""
+    try:
+        with open(f"{_MEMORY}/block_size_bytes") as size:
+            return int(size.read(), 16)
+    except FileNotFoundError:
+        return 0
+
+
+def has_memory_probe() -> bool:
+    """Tell whether the kernel has to be told of new memory through its probe file."""
+    return os.path.exists(f"{_MEMORY}/probe")
+
+
+def power_off() -> None:
+    """Turn the machine off. Needs to be PID 1 or any process with CAP_SYS_BOOT."""
+    ctypes.CDLL(None).reboot(_REBOOT_CMD_POWER_OFF)
