@@ -77,7 +77,7 @@ def _features(value: tuple[str, ...]) -> tuple[str, ...]:
 _path = matching(r"/[^\0]*", "an absolute path")
 _path_or_none = matching(r"(/[^\0]*)?", 'an absolute path or ""')
 # sun_path of <sys/un.h> has 108 bytes with the NUL.
-_socket = matching(r"/[^\0]{1,106}", "an absolute path of at most 107 characters")
+_socket = matching(r"/[!-~]{1,106}", "an absolute path of at most 107 ASCII characters")
 # COMMAND_LINE_SIZE of the kernel's arch/x86/include/asm/setup.h, less the NUL.
 _kernel_params = matching(r"[ -~]{0,2047}", "printable ASCII of at most 2047 characters")
 
