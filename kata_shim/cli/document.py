@@ -95,8 +95,10 @@ def _is_one_value(text: str) -> bool:
     start = len(text) - len(text.lstrip(_BLANK))
     try:
         _, end = make_scanner(_Rules)(text, start)  # type: ignore[arg-type]
-    except (ValueError, StopIteration, RecursionError):
-        return False
+    except (ValueError, StopIteration, RecursionError, SystemError):
+        return (
+            False  # SystemError: Python 3.11's scanner where json, and so its JSONDecodeError, is not loaded.
+        )
     return not text[end:].strip(_BLANK)
 
 
