@@ -186,7 +186,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield (
             RUNTIME,
             "disable_new_netns",
-            "true; it cannot be with [netmon] enable_netmon, which needs a netns",
+            "true; it cannot be with [netmon] enable_netmon",
         )
     if runtime.disable_new_netns and runtime.internetworking_model != "none":
         model = quoted(runtime.internetworking_model)

@@ -36,17 +36,16 @@ def read_text(file: Path) -> str:
     Raises `not-found`, `permission-denied`, else `invalid-argument`. Never blocks on a pipe or a device.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise invalid(f"{file}: is not a regular file")
+            content = stream.read(SIZE_MOST + 1)
     except FileNotFoundError:
         raise ShimError("not-found", f"{file}: no such file; name the configuration with --config") from None
     except PermissionError as error:
         raise ShimError("permission-denied", f"{file}: {error.strerror}") from None
     except (OSError, ValueError) as error:
         raise invalid(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise invalid(f"{file}: is not a regular file")
-        content = stream.read(SIZE_MOST + 1)
     if len(content) > SIZE_MOST:
         raise invalid(f"{file}: is longer than 1 MiB")
     try:
