@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
+from kata_shim import log
 from kata_shim.errors import ShimError, invalid
 from kata_shim.guest.pci import interface_at
 from kata_shim.netconf import address, link, route
@@ -105,14 +106,17 @@ class Interfaces:
     async def _configure(
         self, found: Link, target: Link, addresses: list[address.Address], fresh: bool
     ) -> None:
-        # Where renaming takes the link down for a moment, its routes go.
-        renamed = found.up and found.name != target.name
-        routes = await route.list_of_device(self._netlink, found.index) if renamed else []
+        # Where renaming takes the link down for a moment, its routes and IPv6 addresses go.
+        before: list[address.Address] = []
+        routes: list[route.Route] = []
+        if found.up and found.name != target.name:
+            before = [one for _, one in await address.list_all(self._netlink, found.index)]
+            routes = await route.list_of_device(self._netlink, found.index)
         async with AsyncExitStack() as undo:
-            undo.push_async_callback(self._put_back, found, routes)
+            undo.push_async_callback(self._put_back, found, before, routes)
             await self._ensure_link(found, target)
             await address.ensure(self._netlink, found.index, addresses, fresh=fresh)
-            await route.set_again(self._netlink, routes)
+            await self._set_again(routes)
             undo.pop_all()
 
     async def _ensure_link(self, found: Link, target: Link) -> None:
@@ -131,13 +135,24 @@ class Interfaces:
         await link.ensure(self._netlink, holder, name=f"new{holder.index}", up=False)
         return True
 
-    async def _put_back(self, found: Link, routes: list[route.Route]) -> None:
-        now = await link.find(self._netlink, index=found.index)
-        if now is not None:
-            # A link that was down had no IPv6 address to lose; the name may be another's by now.
-            with suppress(KernelError):
+    async def _put_back(
+        self, found: Link, addresses: list[address.Address], routes: list[route.Route]
+    ) -> None:
+        """Undo as much as the kernel lets be undone; the error that led here is the one to be told."""
+        with suppress(ShimError):
+            now = await link.find(self._netlink, index=found.index)
+            if now is not None:
                 await self._set(now, found)
-            await route.set_again(self._netlink, routes)
+                for one in addresses:
+                    await address.add(self._netlink, found.index, one)
+        await self._set_again(routes)
+
+    async def _set_again(self, routes: list[route.Route]) -> None:
+        for one in route.nearest_first(routes):
+            try:
+                await route.set_again(self._netlink, one)
+            except KernelError as error:
+                log.warning("a route is lost in the change of its interface", error=error)
 
     async def _set(self, now: Link, target: Link) -> None:
         await link.ensure(self._netlink, now, name=target.name, mtu=target.mtu, up=target.up)

@@ -102,8 +102,11 @@ async def ensure(netlink: Netlink, link: Link, *, name: str = "", mtu: int = 0, 
         except KernelError as error:
             if error.errno != errno.EBUSY or not link.up or wanted.name == link.name:
                 raise
-            await _change(netlink, link, replace(wanted, up=False))
-            await _change(netlink, replace(wanted, up=False), wanted)
+            if await find(netlink, wanted.name):
+                raise KernelError(errno.EEXIST, "", f"link {link.name}: name {wanted.name}") from None
+            down = replace(link, up=False)
+            await _change(netlink, link, down)
+            await _change(netlink, down, wanted)
     except BaseException:
         with suppress(KernelError):
             await _put_back(netlink, link)

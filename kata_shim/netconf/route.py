@@ -113,7 +113,7 @@ async def delete(netlink: Netlink, dest: str, gateway: str = "", device: str = "
     deleted = []
     async with AsyncExitStack() as undo:
         for route in found:
-            undo.push_async_callback(_set_again, netlink, route)
+            undo.push_async_callback(set_again, netlink, route)
             if await _delete(netlink, route):
                 deleted.append(route)
         undo.pop_all()
@@ -134,10 +134,10 @@ async def replace(netlink: Netlink, wanted: Sequence[Route]) -> list[Route]:
             else:
                 stale.append(route)
     async with AsyncExitStack() as undo:
-        for route in _farthest_first(stale):
-            undo.push_async_callback(_set_again, netlink, route)
+        for route in reversed(nearest_first(stale)):
+            undo.push_async_callback(set_again, netlink, route)
             await _delete(netlink, route)
-        for route in reversed(_farthest_first(missing)):
+        for route in nearest_first(missing):
             undo.push_async_callback(_delete, netlink, route)
             await add(netlink, route)
         undo.pop_all()
@@ -150,15 +150,18 @@ async def list_of_device(netlink: Netlink, index: int) -> list[Route]:
     return [route for route in await _dump(netlink) if route.device == device and not route.kernels]
 
 
-async def set_again(netlink: Netlink, routes: Iterable[Route]) -> None:
-    """Add the routes, listed before, that are no longer there."""
-    for route in reversed(_farthest_first(routes)):
-        await _set_again(netlink, route)
+async def set_again(netlink: Netlink, route: Route) -> None:
+    """Add a route that was listed before, as it was; nothing happens where it still is."""
+    try:
+        await add(netlink, route)
+    except KernelError as error:
+        if error.errno != errno.EEXIST:
+            raise
 
 
-def _farthest_first(routes: Iterable[Route]) -> list[Route]:
-    """Order the routes so that one over a gateway comes before the one by which the gateway is reached."""
-    return sorted(routes, key=lambda route: not route.gateway)
+def nearest_first(routes: Iterable[Route]) -> list[Route]:
+    """Order the routes so that one by which a gateway is reached comes before the one over the gateway."""
+    return sorted(routes, key=lambda route: bool(route.gateway))
 
 
 async def _dump(netlink: Netlink) -> list[Route]:
@@ -225,14 +228,6 @@ async def _delete(netlink: Netlink, route: Route) -> bool:
             return False
         raise
     return True
-
-
-async def _set_again(netlink: Netlink, route: Route) -> None:
-    try:
-        await add(netlink, route)
-    except KernelError as error:
-        if error.errno != errno.EEXIST:
-            raise
 
 
 def _is_link_local(route: Route) -> bool:
