@@ -10,15 +10,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import orjson
+
 from kata_shim import log
 from kata_shim.contract.ids import check_id
 from kata_shim.errors import ShimError
 from kata_shim.faces.commands import methods
 from kata_shim.faces.jsonl import Server
+from kata_shim.sandbox.host import check
 from kata_shim.sandbox.sandbox import Sandbox
 
 USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N ID
-       containerd-shim-kata-v2 check [--config FILE]
+       containerd-shim-kata-v2 check --root DIR [--config FILE]
 
 Started by kata-runtime, not by hand: `serve` answers on an inherited listening socket, `check` prints what
 this host offers as one JSON object.
@@ -44,6 +47,7 @@ async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit status 2 for misuse."""
+    os.umask(0o077)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command, options, rest = _parse(arguments)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (sandbox_id,) = rest
             return _serve(Path(options["--root"]), check_id(sandbox_id), int(options["--listen-fd"]))
         if command == "check" and not rest:
-            return _check(options.get("--config", ""))
+            return _check(Path(options["--root"]), options.get("--config", ""))
     except (KeyError, ValueError):
         pass
     except ShimError as error:
@@ -74,7 +78,6 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 
 def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
-    os.umask(0o077)
     log.setup(sandbox_id)
     listener = socket.socket(fileno=listen_fd)
     os.set_inheritable(listen_fd, False)
@@ -82,8 +85,10 @@ def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
     return 0
 
 
-def _check(config: str) -> int:
-    raise NotImplementedError
+def _check(root: Path, config: str) -> int:
+    found = asyncio.run(check(root, config))
+    print(orjson.dumps(found).decode())
+    return 0 if found["ok"] else 1
 
 
 if __name__ == "__main__":

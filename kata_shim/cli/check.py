@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def check(arguments: Arguments) -> int:
     """Print what the shim finds out about the host; exit status 1 when a sandbox cannot run on it."""
-    command = [sys.executable, "-I", "-m", "kata_shim.shim", "check"]
+    command = [sys.executable, "-I", "-m", "kata_shim.shim", "check", "--root", arguments.root]
     if arguments.has("--config"):
         command += ["--config", arguments.last("--config")]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
