@@ -120,6 +120,10 @@ class CancelledError(ShimError):
     """A call that the caller interrupted, and that ended in an error."""
 
 
+class _Interrupted(KeyboardInterrupt):
+    """It came while we waited: no answer has been read and then lost, so a cancellation will have one."""
+
+
 class Connection:
     """A connection to a shim, for one call after another.
 
@@ -145,9 +149,9 @@ class Connection:
         self.send(request)
         try:
             return self.answer(call_id, progress)
-        except KeyboardInterrupt:
+        except _Interrupted:
             self.send(cancellation(call_id))
-            self.socket.settimeout(CANCEL_TIMEOUT)
+        self.socket.settimeout(CANCEL_TIMEOUT)
         try:
             return self.answer(call_id, progress)
         except TimeoutError:
@@ -187,6 +191,8 @@ class Connection:
         """
         try:
             chunk = self.socket.recv(256 * 1024)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
         except ConnectionResetError:
             chunk = b""
         if not chunk:
