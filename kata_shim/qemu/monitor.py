@@ -56,6 +56,7 @@ class Monitor:
         self._socket = sock
         self._explain = explain
         self._fd_lock = asyncio.Lock()
+        self._ending = asyncio.Event()
         self.closed: asyncio.Future[ShimError] = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -143,17 +144,25 @@ class Monitor:
 
     async def close(self) -> None:
         """End the connection; QEMU goes on running."""
-        self._watcher.cancel()
+        self._ending.set()
         await asyncio.wait([self._watcher])
-        if not self.closed.done():
-            self.closed.set_result(ShimError("unavailable", "QEMU's monitor: closed by us"))
-        await self._disconnect()
 
     async def _watch(self) -> None:
-        while self._client.runstate is Runstate.RUNNING:
-            await self._client.runstate_changed()
-        why = await self._disconnect()
-        self.closed.set_result(ShimError("unavailable", _with_cause(why, self._explain)))
+        """Disconnect when QEMU or we end the connection, and tell everyone why."""
+        ending = asyncio.create_task(self._ending.wait())
+        lost = asyncio.create_task(self._client.runstate_changed())
+        try:
+            if self._client.runstate is Runstate.RUNNING:
+                await asyncio.wait([ending, lost], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ending.cancel()
+            lost.cancel()
+            why = await self._disconnect()
+            if self._ending.is_set():
+                cause = "QEMU's monitor: the connection was closed by us"
+            else:
+                cause = _with_cause(why, self._explain)
+            self.closed.set_result(ShimError("unavailable", cause))
 
     async def _disconnect(self) -> str:
         try:

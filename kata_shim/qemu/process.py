@@ -130,7 +130,7 @@ def last_log_line(log: Path) -> str:
 
 
 def find_by_uuid(uuid: str) -> list[tuple[int, int]]:
-    """Return pid and start time of every process with `-uuid UUID` among its arguments: QEMUs without a record."""
+    """Return pid and start time of every process with `-uuid UUID` as argument: QEMUs without a record."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
