@@ -16,7 +16,8 @@ from kata_shim.messages import Cancel, Request, Stdin
 
 CLI = str(Path(sys.executable).parent / "kata-runtime")
 
-Reply = Callable[[socket.socket, Request | Cancel | Stdin], None]
+Message = Request | Cancel | Stdin
+Reply = Callable[[socket.socket, Message], None]
 
 
 def environment() -> dict[str, str]:
@@ -40,7 +41,7 @@ class Peer:
     """Listens where the shim of a sandbox does; calls `reply` in a thread with every message that comes."""
 
     def __init__(self, directory: Path, reply: Reply) -> None:
-        self.seen: list[Request | Cancel | Stdin] = []
+        self.seen: list[Message] = []
         self.arrived = threading.Condition()
         self._reply = reply
         self._stop = False
@@ -108,7 +109,7 @@ def peer(root: Path, sandbox_id: str, reply: Reply) -> Iterator[Peer]:
 def sends(*lines: bytes, then_close: bool = False) -> Reply:
     """Return a reply that writes these lines to every request."""
 
-    def reply(client: socket.socket, message: Request | Cancel | Stdin) -> None:
+    def reply(client: socket.socket, message: Message) -> None:
         if isinstance(message, Request):
             client.sendall(b"".join(lines))
             if then_close:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from kata_shim import messages
 from kata_shim.errors import ShimError
 from kata_shim.messages import Cancel, Request
-from tests.component.cli_peer import CLI, cli, environment, peer, sends
+from tests.component.cli_peer import CLI, Message, cli, environment, peer, sends
 
 pytestmark = pytest.mark.quick
 
@@ -316,9 +317,9 @@ def start(state: Path, *words: str) -> subprocess.Popen[bytes]:
 
 
 def test_interrupt_cancels_and_waits_for_the_end(state: Path) -> None:
-    def reply(client: object, message: object) -> None:
+    def reply(client: socket.socket, message: Message) -> None:
         if isinstance(message, Cancel):
-            client.sendall(messages.failure(1, ShimError("cancelled", "all undone")))  # type: ignore[attr-defined]
+            client.sendall(messages.failure(1, ShimError("cancelled", "all undone")))
 
     with peer(state, ID, reply) as shim, start(state, "kata-network", "list-ifaces", ID) as process:
         shim.wait_for(Request)
@@ -329,9 +330,9 @@ def test_interrupt_cancels_and_waits_for_the_end(state: Path) -> None:
 
 
 def test_interrupt_too_late_prints_the_result(state: Path) -> None:
-    def reply(client: object, message: object) -> None:
+    def reply(client: socket.socket, message: Message) -> None:
         if isinstance(message, Cancel):
-            client.sendall(messages.result(1, "done"))  # type: ignore[attr-defined]
+            client.sendall(messages.result(1, "done"))
 
     with peer(state, ID, reply) as shim, start(state, "kata-network", "list-ifaces", ID) as process:
         shim.wait_for(Request)
