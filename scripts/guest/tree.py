@@ -11,6 +11,7 @@ from pathlib import Path
 class Entry:
     mode: int
     data: bytes = b""
+    device: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -27,6 +28,9 @@ class Tree:
 
     def directory(self, path: str, permissions: int = 0o755) -> None:
         self._put(path, Entry(stat.S_IFDIR | permissions))
+
+    def character_device(self, path: str, major: int, minor: int, permissions: int) -> None:
+        self._put(path, Entry(stat.S_IFCHR | permissions, device=(major, minor)))
 
     def _put(self, path: str, entry: Entry) -> None:
         for parent in reversed(Path(path).parents[:-1]):
@@ -53,7 +57,19 @@ class Tree:
 def _member(inode: int, path: str, entry: Entry) -> Iterator[bytes]:
     name = path.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
-    fields = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, 0, 0, len(name), 0)
+    owner, changed, device = (0, 0), 0, (0, 0)
+    fields = (
+        inode,
+        entry.mode,
+        *owner,
+        links,
+        changed,
+        len(entry.data),
+        *device,
+        *entry.device,
+        len(name),
+        0,
+    )
     yield b"070701" + b"".join(b"%08X" % value for value in fields) + name
     yield bytes(-(110 + len(name)) % 4)
     yield entry.data
