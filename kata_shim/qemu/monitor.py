@@ -129,6 +129,13 @@ class Monitor:
                 raise ShimError("unavailable", f"QEMU's monitor: passing {name}: {error.strerror}") from error
             await run_to_end(self.execute("getfd", {"fdname": name}))
 
+    async def version(self) -> tuple[int, int]:
+        """Return QEMU's major and minor version; raises as `execute`."""
+        answer = await self.execute("query-version")
+        assert isinstance(answer, dict)
+        number = answer["qemu"]
+        return number["major"], number["minor"]
+
     @asynccontextmanager
     async def events(
         self, *names: str, accept: Callable[[Mapping[str, object]], bool] | None = None
