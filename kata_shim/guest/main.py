@@ -83,6 +83,7 @@ def main() -> int:
                 print("usage: kata-agent [--listen-fd N]", file=sys.stderr)
                 return 2
         return 0
+    system.expedite_rcu()
     # Ctrl-Alt-Del reaches PID 1 as SIGINT.
     signal.signal(signal.SIGINT, lambda *_: None)
     while True:

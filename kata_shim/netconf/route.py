@@ -100,10 +100,13 @@ async def delete(netlink: Netlink, dest: str, gateway: str = "", device: str = "
     Raises `not-found` when none matches. "default" means those of both IP versions. All or none.
     """
     network, via = _network(dest), _address("gateway", gateway)
+    # "0.0.0.0/0" is the default of one IP version only.
+    family = {text: number for number, text in _EVERYTHING.items()}.get(dest)
     found = [
         route
         for route in await _dump(netlink)
-        if network in (route.dest, _EVERYTHING[route.family] if route.dest == DEFAULT else "")
+        if route.dest == network
+        and family in (None, route.family)
         and via in ("", route.gateway)
         and device in ("", route.device)
     ]
