@@ -83,21 +83,16 @@ class ListeningSocket:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientSocket:
-    """A character device that connects to the unix socket `path` (a vhost-user back end's)."""
+class ConnectedSocket:
+    """A character device on a connected socket that was passed before under the name `fd`."""
 
     id: str
-    path: str
-
-    @property
-    def argv(self) -> list[str]:
-        """The command line's form."""
-        return ["-chardev", keyval("socket", {"id": self.id, "path": self.path})]
+    fd: str
 
     @property
     def arguments(self) -> dict[str, object]:
         """The arguments of `chardev-add`."""
-        address = {"type": "unix", "data": {"path": self.path}}
+        address = {"type": "fd", "data": {"str": self.fd}}
         return {"id": self.id, "backend": {"type": "socket", "data": {"addr": address, "server": False}}}
 
 

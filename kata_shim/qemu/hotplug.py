@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kata_shim.errors import ShimError
-from kata_shim.qemu.devices import ClientSocket, Netdev, tap_netdev, vhost_user_netdev, virtio_net
+from kata_shim.qemu.devices import ConnectedSocket, Netdev, tap_netdev, vhost_user_netdev, virtio_net
 from kata_shim.qemu.monitor import COMMAND_TIMEOUT, CommandError, Events, Monitor, run_to_end
 from kata_shim.qemu.tap import Tap
 from kata_shim.qemu.topology import Slot
 
 UNPLUG_TIMEOUT = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class VhostUser:
-    """A vhost-user back end: the unix socket it listens on, and its number of queue pairs."""
-
-    socket: str
-    queues: int = 1
 
 
 class StuckDeviceError(ShimError):
@@ -56,6 +49,11 @@ class NicNames:
         """The id of a vhost-user back end's character device."""
         return f"chr-{self.device}"
 
+    @property
+    def socket_fd(self) -> str:
+        """The name under which a vhost-user back end's connection is passed."""
+        return f"sock-{self.device}"
+
     def tap_fd(self, queue: int) -> str:
         """The name under which a queue's tap is passed."""
         return f"tap{queue}-{self.device}"
@@ -69,27 +67,30 @@ async def plug_nic(
     monitor: Monitor,
     slot: Slot,
     mac: str,
-    backend: Tap | VhostUser,
+    backend: Tap | socket.socket,
     *,
+    queues: int = 1,
     msix: bool = True,
     timeout: float = COMMAND_TIMEOUT,
     undo_timeout: float = UNPLUG_TIMEOUT,
 ) -> None:
     """Give the machine a virtio network card in `slot`; the guest finds it a little later.
 
-    Times are in seconds. On any failure, the caller's cancellation included, everything is taken back before
-    this returns; raises StuckDeviceError where the guest keeps the device in spite of that, else as
-    Monitor.execute. The caller keeps the tap's descriptors and closes them.
+    `backend` is a tap, each of its queues a queue pair, or a connection to a vhost-user back end that serves
+    `queues` pairs (vhost_user.connect). Times are in seconds. On any failure, the caller's cancellation
+    included, everything is taken back before this returns; raises StuckDeviceError where the guest keeps the
+    device in spite of that, else as Monitor.execute. The caller closes its own descriptors of the back end.
     """
     names = NicNames(slot)
-    queues = len(backend.fds) if isinstance(backend, Tap) else backend.queues
+    queues = len(backend.fds) if isinstance(backend, Tap) else queues
     try:
         if isinstance(backend, Tap):
             netdev = await _pass_tap(monitor, names, backend)
             first: list[tuple[str, Mapping[str, object]]] = []
         else:
             netdev = vhost_user_netdev(names.netdev, names.chardev, queues)
-            first = [("chardev-add", ClientSocket(names.chardev, backend.socket).arguments)]
+            await monitor.pass_fd(names.socket_fd, backend.fileno())
+            first = [("chardev-add", ConnectedSocket(names.chardev, names.socket_fd).arguments)]
         device = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
         commands = [*first, ("netdev_add", netdev.arguments), ("device_add", device.arguments)]
         await _pipeline(monitor, commands, timeout)
@@ -177,6 +178,7 @@ async def _remove_backend(monitor: Monitor, names: NicNames, queues: int) -> Non
     results = await asyncio.gather(
         monitor.execute("netdev_del", {"id": names.netdev}),
         monitor.execute("chardev-remove", {"id": names.chardev}),
+        monitor.execute("closefd", {"fdname": names.socket_fd}),
         _close_fds(monitor, names.tap_fd, queues),
         _close_fds(monitor, names.vhost_fd, queues),
         return_exceptions=True,

@@ -20,7 +20,7 @@ from kata_shim.contract.interface import Interface
 from kata_shim.errors import ShimError
 from kata_shim.netconf import link
 from kata_shim.netconf.netlink import Netlink
-from kata_shim.qemu import accelerator, cmdline, hotplug, tap
+from kata_shim.qemu import accelerator, cmdline, hotplug, tap, vhost_user
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, last_log_line, spawn
@@ -149,12 +149,19 @@ class Machine:
                 "vhostUserSocket: the guest's memory is not shared, so the back end could not reach it;"
                 " set shared_memory = true in configuration.toml",
             )
-        backend = hotplug.VhostUser(interface.vhost_user_socket, interface.queue_pairs)
         # QEMU before 10 crashes when TCG meets vhost-user and MSI-X.
         msix = self.accelerator != "tcg" or await self.monitor.version() >= (10, 0)
-        await hotplug.plug_nic(
-            self.monitor, slot, interface.hw_addr, backend, msix=msix, undo_timeout=self._patience
-        )
+        queues = interface.queue_pairs
+        with await vhost_user.connect(interface.vhost_user_socket, queues) as backend:
+            await hotplug.plug_nic(
+                self.monitor,
+                slot,
+                interface.hw_addr,
+                backend,
+                queues=queues,
+                msix=msix,
+                undo_timeout=self._patience,
+            )
 
     async def unplug(self, slot: Slot) -> None:
         """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""

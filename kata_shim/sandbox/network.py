@@ -8,20 +8,22 @@ on different NICs run at the same time; those on one name wait for each other. R
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from kata_shim import log
+from kata_shim.contract.fields import AF_INET6
 from kata_shim.contract.interface import Interface, render_failed_delete
 from kata_shim.contract.route import Route, RouteMatch
-from kata_shim.errors import ShimError
+from kata_shim.errors import ShimError, invalid
 from kata_shim.sandbox.devices import HostDevices
 from kata_shim.sandbox.machine import Machine
 from kata_shim.sandbox.record import Nic, Record, RecordFile
+
+ETHERNET_LEAST_MTU = 68
+IPV6_LEAST_MTU = 1280
 
 
 class Announce(Protocol):
@@ -51,7 +53,7 @@ class Network:
 
     async def add(self, interface: Interface) -> Nic:
         """Hot-plug a NIC and configure it in the guest; on any failure everything is as it was before."""
-        _check_socket(interface)
+        _check_mtu(interface)
         async with self._names.hold(interface.name), AsyncExitStack() as undo:
             left = self._by_name(interface.name)
             if left is not None and left.phase == "removing":
@@ -77,6 +79,7 @@ class Network:
             raise ShimError(
                 "not-found", f"name, hwAddr: no NIC {interface.name} or {interface.hw_addr} was added"
             )
+        _check_mtu(interface)
         async with self._names.hold(nic.interface.name):
             before = nic.interface
             self._refuse_taken(interface, nic)
@@ -246,14 +249,14 @@ class _NameLocks:
                 self._locks[name] = (lock, users - 1)
 
 
-def _check_socket(interface: Interface) -> None:
-    """Raise unless vhostUserSocket, where given, is a socket: QEMU's own message would not name the field."""
-    path = interface.vhost_user_socket
-    if not path:
-        return
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        raise ShimError("not-found", f"vhostUserSocket: {path}: {error.strerror}") from None
-    if not stat.S_ISSOCK(mode):
-        raise ShimError("invalid-argument", f"vhostUserSocket: {path} is not a socket")
+def _check_mtu(interface: Interface) -> None:
+    """Raise for an MTU that is within the documented range and yet below what the kernels take.
+
+    ETH_MIN_MTU in include/uapi/linux/if_ether.h holds for a tap and for virtio-net alike; RFC 8200, 5 has
+    the rule for IPv6.
+    """
+    least, what = ETHERNET_LEAST_MTU, "an Ethernet device"
+    if any(address.family == AF_INET6 for address in interface.addresses):
+        least, what = IPV6_LEAST_MTU, "a device with an IPv6 address"
+    if interface.mtu < least:
+        raise invalid(f"mtu: {interface.mtu} is less than {least}, the kernel's least for {what}")

@@ -53,7 +53,7 @@ def test_vhost_user_without_msix_has_no_vectors_but_its_queues() -> None:
 
 
 def test_commas_in_values_are_doubled() -> None:
-    assert devices.ClientSocket("c", "/a,b").argv == ["-chardev", "socket,id=c,path=/a,,b"]
+    assert devices.Netdev("user", "n", {"tftp": "/a,b"}).argv == ["-netdev", "user,id=n,tftp=/a,,b"]
     argv = build(replace(SPEC, name="a,b", entropy_source="/dev/x,y"))
     assert option(argv, "-name") == "a,,b,debug-threads=on"
     assert option(argv, "-object", "rng").endswith("filename=/dev/x,,y")
