@@ -26,6 +26,7 @@ class Interfaces:
     def __init__(self, netlink: Netlink, monitor: Monitor) -> None:
         self._netlink = netlink
         self._monitor = monitor
+        self._naming = asyncio.Lock()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def update(self, wanted: types_pb2.Interface) -> types_pb2.Interface:
@@ -120,12 +121,14 @@ class Interfaces:
             undo.pop_all()
 
     async def _ensure_link(self, found: Link, target: Link) -> None:
-        try:
-            await self._set(found, target)
-        except KernelError as error:
-            if error.errno != errno.EEXIST or not await self._make_room(target.name):
-                raise
-            await self._set(found, target)
+        # One at a time, as in the kernel: a name must not change hands between the look and the renaming.
+        async with self._naming:
+            try:
+                await self._set(found, target)
+            except KernelError as error:
+                if error.errno != errno.EEXIST or not await self._make_room(target.name):
+                    raise
+                await self._set(found, target)
 
     async def _make_room(self, name: str) -> bool:
         """Take a name off a link that still has it from the kernel; say whether it is free now."""
@@ -140,11 +143,12 @@ class Interfaces:
     ) -> None:
         """Undo as much as the kernel lets be undone; the error that led here is the one to be told."""
         with suppress(ShimError):
-            now = await link.find(self._netlink, index=found.index)
-            if now is not None:
-                await self._set(now, found)
-                for one in addresses:
-                    await address.add(self._netlink, found.index, one)
+            async with self._naming:
+                now = await link.find(self._netlink, index=found.index)
+                if now is not None:
+                    await self._set(now, found)
+            for one in addresses:
+                await address.add(self._netlink, found.index, one)
         await self._set_again(routes)
 
     async def _set_again(self, routes: list[route.Route]) -> None:

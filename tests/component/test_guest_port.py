@@ -1,0 +1,120 @@
+"""The agent's end of the virtio-serial port, on a socket pair."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kata_shim.errors import ShimError
+from kata_shim.guest.channel import VirtioPort
+from kata_shim.guest.children import Children
+from kata_shim.guest.services import Agent
+from kata_shim.netconf.link import Monitor
+from kata_shim.netconf.netlink import Netlink
+from kata_shim.protos.guest_pb2 import (
+    STDOUT,
+    ReadOutputRequest,
+    WaitCommandRequest,
+)
+from kata_shim.protos.health_pb2 import HealthCheckResponse
+from kata_shim.protos.types_pb2 import Interface
+from kata_shim.ttrpc.client import Client
+from tests.component.guest_calls import SOON, call, gone, refused, sh, start
+from tests.component.netns import MAC, network_namespace
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(autouse=True)
+def namespace() -> Iterator[None]:
+    with network_namespace():
+        yield
+
+
+class TestVirtioPort:
+    """The agent on one end of a socket pair; on the other, which is QEMU's, one host after the other."""
+
+    @pytest.fixture
+    async def ours(self) -> AsyncIterator[socket.socket]:
+        netlink, monitor, children = Netlink(), Monitor(), Children()
+        agent = Agent(netlink, monitor, children)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        port = VirtioPort(theirs.detach(), lambda: agent.server(lambda: None))
+        yield ours
+        port.close()
+        ours.close()
+        children.close()
+        monitor.close()
+        netlink.close()
+        await asyncio.sleep(0)
+
+    @staticmethod
+    @asynccontextmanager
+    async def host(ours: socket.socket) -> AsyncIterator[Client]:
+        """A host that connects; when it goes, the stream stays."""
+        client = Client(link=True, name="port")
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: client, sock=ours.dup())
+        async with client:
+            await client.open(SOON)
+            yield client
+
+    async def test_one_host_after_the_other(self, ours: socket.socket) -> None:
+        for _ in range(3):
+            async with self.host(ours) as client:
+                assert await sh(client, "echo hello") == (0, b"hello\n", b"")
+
+    async def test_garbage_and_half_frames_before_the_reset(self, ours: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for rubbish in (b"\x00\x01", b"\x7e", b"\x7e" + b"0" * 31, os.urandom(5000), b"\x7d"):
+            await loop.sock_sendall(ours, rubbish)
+            async with self.host(ours) as client:
+                assert (await call(client, "Check")).status == HealthCheckResponse.SERVING
+
+    async def test_a_reset_ends_what_was_in_flight(self, ours: socket.socket) -> None:
+        async with self.host(ours) as client:
+            command = await start(client, "sh", "-c", "echo $$; exec sleep 60")
+            request = ReadOutputRequest(command_id=command, stream=STDOUT, len=100)
+            pid = int((await call(client, "ReadOutput", request)).data)
+            pending = asyncio.create_task(call(client, "WaitCommand", WaitCommandRequest(command_id=command)))
+            await call(client, "Check")
+        with pytest.raises(ShimError):
+            await pending
+        async with self.host(ours) as client:
+            await gone(pid)
+            code, _ = await refused(client, "WaitCommand", WaitCommandRequest(command_id=command + 1))
+            assert code == "not-found"
+
+    async def test_an_answer_that_nobody_reads_does_not_stop_the_next_host(self, ours: socket.socket) -> None:
+        async with self.host(ours) as client:
+            command = await start(client, "head", "-c", "3000000", "/dev/zero")
+            client_request = ReadOutputRequest(command_id=command, stream=STDOUT, len=1 << 20)
+            pending = asyncio.create_task(call(client, "ReadOutput", client_request))
+            await asyncio.sleep(0)
+        with pytest.raises(ShimError):
+            await pending
+        async with self.host(ours) as client:
+            assert (await call(client, "Check")).status == HealthCheckResponse.SERVING
+
+    async def test_a_missing_interface_is_named(self, ours: socket.socket) -> None:
+        netlink, monitor = Netlink(), Monitor()
+        interfaces = Agent(netlink, monitor, None).interfaces  # type: ignore[arg-type]
+        began = time.monotonic()
+        words = f"no network interface {MAC} appeared at PCI path 1f.7/00"
+        with pytest.raises(ShimError, match=re.escape(words)) as error:
+            async with asyncio.timeout(0.2):
+                await interfaces.update(Interface(hwAddr=MAC, devicePath="1f.7/00"))
+        assert error.value.code == "deadline-exceeded"
+        assert time.monotonic() - began < SOON
+        monitor.close()
+        netlink.close()
+        await asyncio.sleep(0)
