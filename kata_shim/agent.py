@@ -33,15 +33,19 @@ SEED_BYTES = 64
 IFNAME_MOST = 15  # IFNAMSIZ of <linux/if.h> without the NUL
 
 _M = TypeVar("_M", bound=Message)
+Input = Callable[[], Awaitable[bytes | None]]
 Output = Callable[[str, bytes], Awaitable[None]]
+Explain = Callable[[ShimError], Awaitable[ShimError]]
 Address = Path | int  # the unix socket of the virtio-serial port, or the guest's vsock CID
 
 
 class Agent:
     """The agent in one guest; its channel is reopened by the next call after it was lost."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, explain: Explain) -> None:
+        """Make the end of a channel; `explain` turns an error of a call into a more telling one."""
         self._address = address
+        self._explain = explain
         self._client: Client | None = None
         self._opening = asyncio.Lock()
 
@@ -122,25 +126,34 @@ class Agent:
         `output` is called with "stdout" or "stderr" and what was written; while it waits, the command does.
         A cancelled caller's command is killed.
         """
-        start = guest_pb2.StartCommandRequest(argv=argv, env=env, cwd=cwd, stdin=stdin is not None)
-        started = await self._call(GUEST_SERVICE, "StartCommand", start)
-        command = _as(started, guest_pb2.StartCommandResponse).command_id
+        request = guest_pb2.StartCommandRequest(argv=argv, env=env, cwd=cwd, stdin=stdin is not None)
+        starting = asyncio.create_task(self._start(request))
+        try:
+            return await self._attend(await asyncio.shield(starting), stdin, output)
+        except asyncio.CancelledError:
+            # Cancelled while it starts, it runs in the guest all the same, and only the answer tells which.
+            command = await starting
+            kill = guest_pb2.KillCommandRequest(command_id=command, signal=signal.SIGKILL)
+            await self._call(GUEST_SERVICE, "KillCommand", kill)
+            await self._wait(command)
+            raise
+
+    async def _start(self, request: guest_pb2.StartCommandRequest) -> int:
+        started = await self._call(GUEST_SERVICE, "StartCommand", request)
+        return _as(started, guest_pb2.StartCommandResponse).command_id
+
+    async def _attend(self, command: int, stdin: Input | None, output: Output) -> int:
         feed = asyncio.create_task(self._feed(command, stdin)) if stdin is not None else None
         try:
             async with asyncio.TaskGroup() as streams:
                 streams.create_task(self._drain(command, guest_pb2.STDOUT, "stdout", output))
                 streams.create_task(self._drain(command, guest_pb2.STDERR, "stderr", output))
-            return await self._wait(command)
-        except* ShimError as errors:
+        except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        except* asyncio.CancelledError:
-            kill = guest_pb2.KillCommandRequest(command_id=command, signal=signal.SIGKILL)
-            await self._call(GUEST_SERVICE, "KillCommand", kill)
-            await self._wait(command)
-            raise
         finally:
             if feed is not None:
                 feed.cancel()
+        return await self._wait(command)
 
     async def _wait(self, command: int) -> int:
         request = guest_pb2.WaitCommandRequest(command_id=command)
@@ -174,11 +187,14 @@ class Agent:
         request: Message,
         timeout: float | None = CALL_TIMEOUT,
     ) -> Message:
-        if self._client is None or self._client.cause is not None:
-            await self.open(CALL_TIMEOUT)
-        assert self._client is not None
         response = SERVICES[service][method][1]
-        return await self._client.call(service, method, request, response, timeout)
+        try:
+            if self._client is None or self._client.cause is not None:
+                await self.open(CALL_TIMEOUT)
+            assert self._client is not None
+            return await self._client.call(service, method, request, response, timeout)
+        except ShimError as error:
+            raise await self._explain(error) from None
 
 
 async def _connect(address: Address, timeout: float) -> Client:

@@ -8,6 +8,7 @@ import stat
 from kata_shim.config.load import QEMU
 from kata_shim.config.source import Source
 from kata_shim.config.table import Config
+from kata_shim.errors import ShimError
 
 MIB = 1 << 20
 
@@ -40,6 +41,11 @@ def check_files(config: Config) -> None:
             f"{config.hypervisor.default_memory} MiB cannot hold the initrd of {size // MIB} MiB ({initrd})"
         )
         raise source.error(QEMU, "default_memory", sentence, "failed-precondition")
+
+
+def refusal(config: Config, name: str, sentence: str) -> ShimError:
+    """Return `failed-precondition`: a valid [hypervisor.qemu] field that cannot be had on this host."""
+    return Source(config.text, config.file).error(QEMU, name, sentence, "failed-precondition")
 
 
 def _trouble(path: str, *, run: bool, device: bool) -> str:

@@ -9,10 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from kata_shim import log
+from kata_shim.errors import ShimError
 
 KEPT_LINES = 200
 LINE_BYTES = 1024
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_STAMP = re.compile(r"^\[ *\d+\.\d+\] ")
 _TELLING = ("Kernel panic", "Out of memory", "kata-agent:")
 
 
@@ -24,16 +26,18 @@ class Console:
         self._task: asyncio.Task[None] | None = None
 
     async def connect(self, path: Path) -> None:
-        """Start to read the socket QEMU's chardev listens on; raises OSError."""
-        reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES)
+        """Start to read the socket QEMU's chardev listens on; raises ShimError `unavailable`."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES)
+        except OSError as error:
+            raise ShimError("unavailable", f"the guest's console, {path}: {error.strerror}") from None
         self._task = asyncio.create_task(self._read(reader, writer))
 
     def cause(self) -> str:
         """Return the line that tells most of why the guest ended: a panic before the last line; or ""."""
-        for line in reversed(self.lines):
-            if any(mark in line for mark in _TELLING):
-                return line
-        return self.lines[-1] if self.lines else ""
+        telling = (line for line in reversed(self.lines) if any(mark in line for mark in _TELLING))
+        line = next(telling, self.lines[-1] if self.lines else "")
+        return _STAMP.sub("", line)
 
     async def drain(self) -> None:
         """Wait until what a dead QEMU had still written is read."""

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +26,17 @@ from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, last_log_line, spawn
 from kata_shim.qemu.topology import Slot, Topology
+from kata_shim.sandbox.preconditions import kernel_params
 
-VHOST_VSOCK = Path("/dev/vhost-vsock")
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
+END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
 Step = Callable[[str], Awaitable[None]]
 _T = TypeVar("_T")
 
 
 class Machine:
-    """One QEMU. `gone` is done, with the cause, as soon as it has ended for whatever reason."""
+    """One QEMU. `gone` is done as soon as it has ended: with the cause, or "" when the guest powered off."""
 
     def __init__(self, directory: Path, config: Config, accelerators: Path) -> None:
         """Prepare the sandbox in `directory`; `accelerators` is the file that remembers trials."""
@@ -57,6 +59,8 @@ class Machine:
         self._near = Path(f"/proc/self/fd/{self._directory}")
         self._host: Netlink | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._hearing: asyncio.Task[None] | None = None
+        self._reason = ""  # for QEMU's end, of QMP's ShutdownCause
 
     async def boot(
         self, name: str, uuid: str, started: Callable[[Process], Awaitable[None]], step: Step
@@ -101,8 +105,9 @@ class Machine:
 
     async def close(self) -> None:
         """Let go of QEMU, which goes on."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for task in (self._watcher, self._hearing):
+            if task is not None:
+                task.cancel()
         if hasattr(self, "agent"):
             await self.agent.close()
         if hasattr(self, "monitor"):
@@ -121,20 +126,29 @@ class Machine:
         """Return the best reason known for QEMU's end: the guest's panic, QEMU's last words, its status."""
         said = last_log_line(self._log)
         heard = self.console.cause()
-        status = self.process.exited.result() if self.process.exited.done() else None
-        how = "QEMU ended"
+        ended = hasattr(self, "process") and self.process.exited.done()
+        status = self.process.exited.result() if ended else None
+        how = "QEMU has ended"
         if status is not None:
             how = f"QEMU was ended by signal {-status}" if status < 0 else f"QEMU exited with status {status}"
         if "panic" in heard:
             return f"the guest's kernel: {heard}"
+        if self._reason == "guest-shutdown":
+            return ""
         words = [how, f"QEMU: {said}" if said else "", f"the guest's console: {heard}" if heard else ""]
         return "; ".join(word for word in words if word)
 
     async def plug(self, interface: Interface, slot: Slot) -> None:
         """Hot-plug the NIC, host and QEMU at the same time; `unplug` takes back what was done."""
-        if interface.vhost_user_socket:
-            await self._plug_vhost_user(interface, slot)
-            return
+        try:
+            if interface.vhost_user_socket:
+                await self._plug_vhost_user(interface, slot)
+            else:
+                await self._plug_tap(interface, slot)
+        except ShimError as error:
+            raise await self.explain(error) from None
+
+    async def _plug_tap(self, interface: Interface, slot: Slot) -> None:
         vhost = not self._hypervisor.disable_vhost_net
         with tap.open_tap(interface.device, interface.queue_pairs, vhost=vhost) as backend:
             await together(
@@ -162,10 +176,14 @@ class Machine:
                 msix=msix,
                 undo_timeout=self._patience,
             )
+        except ShimError as error:
+            raise await self.explain(error) from None
 
     async def unplug(self, slot: Slot) -> None:
         """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""
-        if not self.gone.done():
+        if self.gone.done():
+            return
+        try:
             await hotplug.unplug_nic(self.monitor, slot, timeout=self._patience)
 
     async def configure(self, interface: Interface, slot: Slot) -> None:
@@ -195,7 +213,6 @@ class Machine:
 
     def _spec(self, name: str, uuid: str, cid: int, fds: dict[str, int]) -> cmdline.MachineSpec:
         hypervisor = self._hypervisor
-        params = [hypervisor.kernel_params, "agent.channel=vsock" if cid else ""]
         return cmdline.MachineSpec(
             name=name,
             uuid=uuid,
@@ -210,7 +227,7 @@ class Machine:
             console_fd=fds["console"],
             agent_fd=fds.get("agent", -1),
             guest_cid=cid,
-            kernel_params=" ".join(word for word in params if word),
+            kernel_params=kernel_params(hypervisor),
             machine_accelerators=hypervisor.machine_accelerators,
             cpu_model=self._cpu_model,
             firmware=hypervisor.firmware,
@@ -232,11 +249,12 @@ class Machine:
     async def _connect(self, cid: int, timeout: float, step: Step) -> None:
         """Connect console, monitor and agent; QEMU's end cuts the waiting short."""
         self._watcher = asyncio.create_task(self._watch())
-        await self.console.connect(self._near / "console.sock")
+        await self._unless_gone(self.console.connect(self._near / "console.sock"))
         self.monitor = await self._unless_gone(
             Monitor.connect(self._near / "qmp.sock", explain=lambda: last_log_line(self._log))
         )
-        self.agent = Agent(cid or self._near / "agent.sock")
+        self._hearing = asyncio.create_task(self._hear_shutdown())
+        self.agent = Agent(cid or self._near / "agent.sock", self.explain)
         await step("booting the guest")
         try:
             await self._unless_gone(self.agent.open(timeout))
@@ -252,14 +270,11 @@ class Machine:
         task = asyncio.create_task(waiting)
         try:
             await asyncio.wait((task, self.gone), return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and not task.exception():
+            if task.done():
                 return task.result()
-            if not self.gone.done():
-                # A channel that breaks is often the first sign of QEMU's end: its cause says more.
-                await asyncio.wait((self.gone,), timeout=1.0)
-            if self.gone.done():
-                raise ShimError("unavailable", self.gone.result())
-            return await task
+            raise self._ended()
+        except ShimError as error:
+            raise await self.explain(error) from None
         finally:
             task.cancel()
             await asyncio.wait((task,))
@@ -268,7 +283,7 @@ class Machine:
         await asyncio.shield(self.process.exited)
         await self.console.drain()
         cause = self.cause()
-        log.info("QEMU has ended", cause=cause)
+        log.info("QEMU has ended", cause=cause or "the guest has powered off")
         self.gone.set_result(cause)
 
 
@@ -278,19 +293,33 @@ async def together(*works: Coroutine[Any, Any, None]) -> None:
         async with asyncio.TaskGroup() as group:
             for work in works:
                 group.create_task(work)
+    async def explain(self, error: ShimError) -> ShimError:
+        """Return why QEMU has ended instead of an `error` which only says that a channel to it broke."""
+        if error.code != "unavailable":
+            return error
+        await asyncio.wait((self.gone,), timeout=END_TIMEOUT)
+        return self._ended() if self.gone.done() else error
+
+    def _ended(self) -> ShimError:
+        return ShimError("unavailable", self.gone.result() or "the guest has powered off")
+
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
+        if self._hearing is not None:
+            await asyncio.wait((self._hearing,), timeout=END_TIMEOUT)
 
 async def _quiet(_: str) -> None:
     return None
 
+    async def _hear_shutdown(self) -> None:
+        """Keep what QEMU says of its end: its exit status tells less, and only the shim that started it."""
+        with suppress(ShimError):
+            async with self.monitor.events("SHUTDOWN") as events:
+                data = (await events.next())["data"]
+                self._reason = str(data["reason"]) if isinstance(data, dict) else ""
+
 
 def _guest_cid(uuid: str) -> int:
     """Return a context id for the guest, from the sandbox's uuid: 0, 1, 2 and 2^32-1 are taken (vsock(7))."""
-    if not VHOST_VSOCK.exists():
-        raise ShimError(
-            "failed-precondition",
-            f"use_vsock: {VHOST_VSOCK} does not exist; load the module vhost_vsock, or set use_vsock = false",
-        )
     return 3 + int(uuid.replace("-", ""), 16) % (2**32 - 4)

@@ -1,0 +1,36 @@
+"""What must hold before a sandbox of a configuration can start: in words, not as a boot that goes strange."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kata_shim.config import Config, Hypervisor, check_files, refusal
+from kata_shim.qemu.cmdline import kernel_command_line
+
+VHOST_VSOCK = Path("/dev/vhost-vsock")
+# COMMAND_LINE_SIZE of the kernel's arch/x86/include/asm/setup.h, less the NUL: it cuts what is longer.
+COMMAND_LINE_MOST = 2047
+
+
+def check(config: Config) -> None:
+    """Raise ShimError `failed-precondition`, `FILE:LINE: [section] field: …`, for what cannot start here."""
+    hypervisor = config.hypervisor
+    if hypervisor.image:
+        sentence = "this version boots an initrd only; leave image out and set initrd"
+        raise refusal(config, "image", sentence)
+    if hypervisor.machine_type == "virt":
+        raise refusal(config, "machine_type", "virt is a machine of ARM's; on this host it is one of q35, pc")
+    check_files(config)
+    length = len(kernel_command_line(kernel_params(hypervisor), hypervisor.enable_debug))
+    if length > COMMAND_LINE_MOST:
+        sentence = f"with it the kernel's command line has {length} characters, more than {COMMAND_LINE_MOST}"
+        raise refusal(config, "kernel_params", sentence)
+    if hypervisor.use_vsock and not VHOST_VSOCK.exists():
+        sentence = f"true; {VHOST_VSOCK} does not exist: load the module vhost_vsock, or set it to false"
+        raise refusal(config, "use_vsock", sentence)
+
+
+def kernel_params(hypervisor: Hypervisor) -> str:
+    """Return the configured parameters, and what tells the agent of its channel."""
+    channel = " agent.channel=vsock" if hypervisor.use_vsock else ""
+    return hypervisor.kernel_params + channel
