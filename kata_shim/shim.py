@@ -36,7 +36,7 @@ async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, sandbox.gone.set)
     await server.listen(listener)
-    if (sandbox.directory / "record.json").exists():
+    if sandbox.has_lived:
         await sandbox.reattach()
     else:
         await sandbox.abandon_unless_asked(START_TIMEOUT)

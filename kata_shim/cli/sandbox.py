@@ -26,8 +26,8 @@ _HEADINGS = ("ID", "STATE", "PID", "ACCELERATOR", "CREATED")
 def run(arguments: Arguments) -> int:
     """Start a sandbox; without --detach, stay until it stops or a signal ends it, and delete it then.
 
-    SIGINT and SIGTERM are the ordinary end of an attached sandbox: exit status 0. Whatever goes wrong before
-    it runs leaves nothing behind.
+    SIGINT, SIGTERM and the guest's power-off are the ordinary end of an attached sandbox: exit status 0; any
+    other end is said, and is status 1. Whatever goes wrong before it runs leaves nothing behind.
     """
     root, sandbox_id = arguments.root, arguments.words[0]
     config = os.path.abspath(arguments.last("--config")) if arguments.has("--config") else None
@@ -44,13 +44,16 @@ def run(arguments: Arguments) -> int:
     line.clear()
     if arguments.has("--detach"):
         return 0
+    cause = ""
     try:
-        connection.call("sandbox.wait")
+        cause = json.loads(connection.call("sandbox.wait")).get("cause", "")
     except client.CancelledError:
         pass
     finally:
         _discard(root, sandbox_id)
-    return 0
+    if cause:
+        say(f"{sandbox_id} has stopped: {cause}")
+    return 1 if cause else 0
 
 
 def delete(arguments: Arguments) -> int:

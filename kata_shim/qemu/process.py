@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from kata_shim.errors import ShimError
@@ -129,17 +128,17 @@ def last_log_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def find_by_uuid(uuid: str) -> list[tuple[int, int]]:
-    """Return pid and start time of every process with `-uuid UUID` as argument: QEMUs without a record."""
+def find_by_log(log: Path) -> list[tuple[int, int]]:
+    """Return pid and start time of every process whose stdout is `log`: QEMUs that no record tells of."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            ours = (entry / "fd/1").samefile(log)
         except OSError:
             continue
-        if (b"-uuid", uuid.encode()) in pairwise(arguments):
+        if ours:
             pid = int(entry.name)
             found.append((pid, read_start_time(pid)))
     return found

@@ -22,19 +22,25 @@ class HostDevices:
     def claim(self, device: str) -> None:
         """Take `device` for this sandbox; raises ShimError `already-exists` naming the sandbox that has it.
 
-        The claim of a sandbox that is gone is taken over.
+        The claim of a sandbox that is gone is taken over. Raises `resource-exhausted` when the root is full.
         """
         link = self._directory / device
-        with self._locked():
-            with suppress(FileNotFoundError):
-                owner = os.readlink(link)
-                if os.path.isdir(self._sandboxes / owner):
-                    raise ShimError(
-                        "already-exists",
-                        f"device: {device} is already used by sandbox {owner}; it must be unique on the host",
-                    )
-                os.unlink(link)
-            os.symlink(self._id, link)
+        try:
+            with self._locked():
+                self._refuse_taken(link)
+                os.symlink(self._id, link)
+        except OSError as error:
+            raise ShimError("resource-exhausted", f"{link}: cannot be made: {error.strerror}") from None
+
+    def _refuse_taken(self, link: Path) -> None:
+        with suppress(FileNotFoundError):
+            owner = os.readlink(link)
+            if os.path.isdir(self._sandboxes / owner):
+                raise ShimError(
+                    "already-exists",
+                    f"device: {link.name} is already used by sandbox {owner}; it must be unique on the host",
+                )
+            os.unlink(link)
 
     def release(self, device: str) -> None:
         """Give `device` back; what this sandbox does not hold is left alone."""

@@ -6,9 +6,10 @@ import asyncio
 import os
 from pathlib import Path
 
-from kata_shim.config import Hypervisor, check_files, find_config, load
+from kata_shim.config import Hypervisor, find_config, load
 from kata_shim.errors import ShimError
 from kata_shim.qemu import accelerator
+from kata_shim.sandbox import preconditions
 
 DEVICES = {
     "tun": "/dev/net/tun",
@@ -33,13 +34,11 @@ async def check(root: Path, config: str) -> dict[str, object]:
         problems += warnings
         found["config"] = str(path)
         found |= {"machine_type": settings.hypervisor.machine_type, "kernel": settings.hypervisor.kernel}
-        check_files(settings)
+        preconditions.check(settings)
         found["qemu"] = await _qemu_version(settings.hypervisor.path)
         found |= await _accelerator(settings.hypervisor, root)
         if not found["tun"]:
             raise ShimError("failed-precondition", f"{DEVICES['tun']} is missing: no tap can be opened")
-        if settings.hypervisor.use_vsock and not found["vsock"]:
-            raise ShimError("failed-precondition", f"use_vsock: {DEVICES['vsock']} is missing")
         found["ok"] = True
     except ShimError as error:
         problems.append(error.message)

@@ -74,22 +74,22 @@ class Network:
 
         Raises ShimError `not-found`, or what the guest says; the NIC then is as it was before.
         """
-        nic = self._by_name(interface.name) or self._by_mac(interface.hw_addr)
-        if nic is None or nic.phase != "present":
-            raise ShimError(
-                "not-found", f"name, hwAddr: no NIC {interface.name} or {interface.hw_addr} was added"
-            )
+        nic = self._to_update(interface)
         _check_mtu(interface)
         async with self._names.hold(nic.interface.name):
             before = nic.interface
+            nic = self._to_update(interface)  # it may have been deleted meanwhile
             self._refuse_taken(interface, nic)
             after = replace(before, name=interface.name, mtu=interface.mtu, addresses=interface.addresses)
             async with AsyncExitStack() as undo:
                 undo.push_async_callback(self._restore, nic, before)
                 nic.interface = after
+                nic.phase = "updating"
+                await self._file.save()
                 await self._machine.set_host_mtu(after)
                 await self._machine.configure(after, nic.slot)
                 await self._file.save()
+                nic.phase = "present"
                 undo.pop_all()
         self._announce("iface-updated", name=after.name, device=after.device)
         return nic
@@ -150,9 +150,11 @@ class Network:
         return await self._machine.agent.list_routes()
 
     async def reconcile(self) -> None:
-        """After re-attach: take back what was being added, finish what was being removed."""
+        """After re-attach: take back what was being added or changed, finish what was being removed."""
         for nic in list(self._record.nics):
             if nic.phase == "present":
+            if nic.phase == "updating":
+                await self._restore(nic, nic.interface)
                 continue
             log.info("clearing a NIC whose operation was cut", name=nic.interface.name, phase=nic.phase)
             try:
@@ -210,14 +212,23 @@ class Network:
             log.warning("a NIC could not be taken back", name=nic.interface.name, error=error.message)
 
     async def _restore(self, nic: Nic, before: Interface) -> None:
-        nic.interface = before
+        nic.interface, nic.phase = before, "present"
         try:
             await self._machine.set_host_mtu(before)
             await self._machine.configure(before, nic.slot)
         except ShimError as error:
+            await self._file.save()
             log.warning("a NIC could not be set back", name=before.name, error=error.message)
 
     def _by_name(self, name: str) -> Nic | None:
+    def _to_update(self, interface: Interface) -> Nic:
+        nic = self._by_name(interface.name) or self._by_mac(interface.hw_addr)
+        if nic is None or nic.phase not in ("present", "updating"):
+            raise ShimError(
+                "not-found", f"name, hwAddr: no NIC {interface.name} or {interface.hw_addr} was added"
+            )
+        return nic
+
         return next((nic for nic in self._record.nics if nic.interface.name == name), None)
 
     def _by_mac(self, mac: str) -> Nic | None:

@@ -23,7 +23,8 @@ from kata_shim.qemu.topology import Slot
 class Nic:
     """One NIC that add-iface added.
 
-    `phase`: `adding` (not whole yet; re-attach takes it back), `present`, `removing` (re-attach finishes it).
+    `phase`: `adding` (not whole yet; re-attach takes it back), `present`, `updating` (re-attach sets it back
+    to what stands here), `removing` (re-attach finishes it).
     """
 
     interface: Interface
@@ -56,24 +57,32 @@ class Record:
         return {**values, "nics": [nic.to_json() for nic in self.nics]}
 
 
+_EMPTY = Record("", "", "", "")
 _SCALARS = ("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator")
 
 
 def load(path: Path, slot_of: Callable[[str], Slot]) -> Record:
     """Return what record.json says; `slot_of` turns a NIC's PCI path back into its slot.
 
-    Raises FileNotFoundError, and ShimError `data-loss` for a file that this program did not write.
+    Raises ShimError `data-loss` for a file that is not there, or that this program did not write.
     """
-    data = path.read_bytes()
     try:
-        value: dict[str, Any] = orjson.loads(data)
-        record = Record(**{name: value[name] for name in _SCALARS})
+        value: dict[str, Any] = orjson.loads(path.read_bytes())
+        record = Record(**{name: _same_kind(value[name], getattr(_EMPTY, name)) for name in _SCALARS})
         record.nics = [
             Nic(from_record(nic["interface"]), slot_of(nic["path"]), nic["phase"]) for nic in value["nics"]
         ]
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, ShimError) as error:
+    except OSError as error:
+        raise ShimError("data-loss", f"{path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, ShimError) as error:
         raise ShimError("data-loss", f"{path}: not a record of this version: {error}") from None
     return record
+
+
+def _same_kind(value: Any, example: object) -> Any:
+    if type(value) is not type(example):
+        raise TypeError(f"{value!r} is not {type(example).__name__}")
+    return value
 
 
 class RecordFile:

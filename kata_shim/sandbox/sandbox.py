@@ -15,7 +15,8 @@ from kata_shim.agent import Output
 from kata_shim.config import check_files, find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
-from kata_shim.qemu.process import Process, find_by_uuid
+from kata_shim.qemu.process import Process, find_by_log
+from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
 from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.machine import Machine, Step
@@ -50,6 +51,11 @@ class Sandbox:
 
     # Life
 
+    @property
+    def has_lived(self) -> bool:
+        """Whether an earlier shim has written a record or started a QEMU here."""
+        return any((self.directory / name).exists() for name in ("record.json", "qemu.log"))
+
     async def start(self, config: str, step: Step) -> list[str]:
         """Boot the sandbox; return what the caller should be told.
 
@@ -61,9 +67,12 @@ class Sandbox:
         self._asked.set()
         try:
             return await self._start(config, step)
-        except BaseException:
+        except BaseException as error:
             self.lifecycle.state = "deleting"
             await self._clear()
+            if isinstance(error, OSError):
+                where = error.filename or self.directory
+                raise ShimError("internal", f"{where}: {error.strerror}") from None
             raise
         finally:
             self._ready.set()
@@ -71,7 +80,7 @@ class Sandbox:
     async def _start(self, config: str, step: Step) -> list[str]:
         path = find_config(config or None)
         settings, warnings = load_config(path)
-        check_files(settings)
+        preconditions.check(settings)
         # A later shim must read what this one read, whatever becomes of the file.
         (self.directory / "configuration.toml").write_text(settings.text)
         if settings.runtime.enable_debug or settings.hypervisor.enable_debug:
@@ -92,7 +101,9 @@ class Sandbox:
         await self._file.save()
         log.info("the sandbox runs", pid=self.record.pid, accelerator=machine.accelerator)
         if machine.accelerator == "tcg":
-            warnings = [*warnings, "no usable KVM on this host: QEMU emulates (TCG), which is slow"]
+            found_out = settings.hypervisor.accelerator == "auto"
+            why = "no usable KVM on this host" if found_out else "as configured"
+            warnings = [*warnings, f"{why}: QEMU emulates (TCG), which is slow"]
         return warnings
 
     async def reattach(self) -> None:
@@ -101,8 +112,7 @@ class Sandbox:
         try:
             await self._reattach()
         except ShimError as error:
-            self.lifecycle.stop(error.message)
-            self._stopped.set()
+            self._stop(error.message)
             log.warning("cannot take the sandbox over", error=error.message)
         finally:
             self._ready.set()
@@ -112,9 +122,10 @@ class Sandbox:
         machine = self._machine = Machine(self.directory, settings, self._accelerators)
         self.record = load(self.directory / "record.json", machine.topology.reserve)
         if self.record.state != "running":
-            cause = self.record.cause or "its shim was ended while it was starting"
             await self._kill_strays()
-            raise ShimError("failed-precondition", cause)
+            creating = self.record.state == "creating"
+            self._stop("its shim was ended while it was starting" if creating else self.record.cause)
+            return
         machine.accelerator = self.record.accelerator
         try:
             await machine.attach(self.record.uuid, self.record.pid, self.record.start_time)
@@ -128,6 +139,10 @@ class Sandbox:
         await self._file.save()
         log.info("took the sandbox over", pid=self.record.pid)
 
+    def _stop(self, cause: str) -> None:
+        self.lifecycle.stop(cause)
+        self._stopped.set()
+
     def _run(self, machine: Machine) -> None:
         self._network = Network(machine, self.record, self._file, self._devices, self.announce)
         self.lifecycle.state = "running"
@@ -137,9 +152,8 @@ class Sandbox:
     async def _watch_machine(self, machine: Machine) -> None:
         cause = await asyncio.shield(machine.gone)
         if self.lifecycle.state != "deleting":
-            self.lifecycle.stop(cause)
+            self._stop(cause)
             self.announce("state", state="stopped", cause=cause)
-            self._stopped.set()
             try:
                 await self._file.save()
             except ShimError as error:
@@ -175,8 +189,8 @@ class Sandbox:
         self.gone.set()
 
     async def _kill_strays(self) -> None:
-        """End a QEMU whose pid no record holds: the shim was killed between starting it and writing so."""
-        for pid, start_time in find_by_uuid(self.record.uuid):
+        """End a QEMU whose pid no record holds: a shim was killed too early, or the record is lost."""
+        for pid, start_time in find_by_log(self.directory / "qemu.log"):
             try:
                 process = Process.attach(pid, start_time)
             except ShimError:
