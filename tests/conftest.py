@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Runtime, World, leftovers
+from tests.support import Runtime, World, leftovers, settle
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
@@ -34,6 +34,7 @@ def root() -> Iterator[Path]:
     path = Path(f"/run/kata-shim-test.{os.getpid()}")
     path.mkdir(mode=0o700)
     yield path
+    settle(path)
     remaining = leftovers(path)
     shutil.rmtree(path)
     assert not remaining.processes, f"left running: {remaining.processes}"
@@ -44,6 +45,7 @@ def nothing_left_behind(root: Path) -> Iterator[None]:
     """Fail a test that leaves a process, network device, namespace, mount, claim or sandbox behind."""
     before = leftovers(root)
     yield
+    settle(root, but=before.processes)
     after = leftovers(root)
     assert after.beyond(before) == World(), f"left behind: {after.beyond(before)}"
 

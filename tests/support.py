@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 BIN = Path(sys.executable).parent
+ENDING = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,15 @@ def leftovers(root: Path) -> World:
             for name in _list(f"{root}/{directory}")
         ),
     )
+
+
+def settle(root: Path, but: frozenset[str] = frozenset()) -> None:
+    """Give processes that are not in `but` a moment to end: a shim answers the call that ends it first."""
+    for process in set(_processes(root)) - but:
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(int(process.split()[0]))
+            select.select([descriptor], [], [], ENDING)
+            os.close(descriptor)
 
 
 def _list(directory: str) -> list[str]:
