@@ -83,16 +83,16 @@ class ListeningSocket:
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectedSocket:
-    """A character device on a connected socket that was passed before under the name `fd`."""
+class ClientSocket:
+    """A character device that connects to the unix socket `path` (a vhost-user back end's)."""
 
     id: str
-    fd: str
+    path: str
 
     @property
     def arguments(self) -> dict[str, object]:
         """The arguments of `chardev-add`."""
-        address = {"type": "fd", "data": {"str": self.fd}}
+        address = {"type": "unix", "data": {"path": self.path}}
         return {"id": self.id, "backend": {"type": "socket", "data": {"addr": address, "server": False}}}
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kata_shim.errors import ShimError
-from kata_shim.qemu.devices import ConnectedSocket, Netdev, tap_netdev, vhost_user_netdev, virtio_net
+from kata_shim.qemu.devices import ClientSocket, Device, Netdev, tap_netdev, vhost_user_netdev, virtio_net
 from kata_shim.qemu.monitor import COMMAND_TIMEOUT, CommandError, Events, Monitor, run_to_end
 from kata_shim.qemu.tap import Tap
 from kata_shim.qemu.topology import Slot
+from kata_shim.qemu.vhost_user import BackEnd
 
 UNPLUG_TIMEOUT = 15.0
 
@@ -49,11 +49,6 @@ class NicNames:
         """The id of a vhost-user back end's character device."""
         return f"chr-{self.device}"
 
-    @property
-    def socket_fd(self) -> str:
-        """The name under which a vhost-user back end's connection is passed."""
-        return f"sock-{self.device}"
-
     def tap_fd(self, queue: int) -> str:
         """The name under which a queue's tap is passed."""
         return f"tap{queue}-{self.device}"
@@ -67,33 +62,29 @@ async def plug_nic(
     monitor: Monitor,
     slot: Slot,
     mac: str,
-    backend: Tap | socket.socket,
+    backend: Tap | BackEnd,
     *,
-    queues: int = 1,
     msix: bool = True,
     timeout: float = COMMAND_TIMEOUT,
     undo_timeout: float = UNPLUG_TIMEOUT,
 ) -> None:
     """Give the machine a virtio network card in `slot`; the guest finds it a little later.
 
-    `backend` is a tap, each of its queues a queue pair, or a connection to a vhost-user back end that serves
-    `queues` pairs (vhost_user.connect). Times are in seconds. On any failure, the caller's cancellation
-    included, everything is taken back before this returns; raises StuckDeviceError where the guest keeps the
-    device in spite of that, else as Monitor.execute. The caller closes its own descriptors of the back end.
+    Times are in seconds. On any failure, the caller's cancellation included, everything is taken back before
+    this returns; raises StuckDeviceError where the guest keeps the device in spite of that, else as
+    Monitor.execute. The caller keeps the back end's descriptors and closes them.
     """
     names = NicNames(slot)
-    queues = len(backend.fds) if isinstance(backend, Tap) else queues
+    queues = len(backend.fds) if isinstance(backend, Tap) else backend.queues
+    card = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
     try:
         if isinstance(backend, Tap):
             netdev = await _pass_tap(monitor, names, backend)
-            first: list[tuple[str, Mapping[str, object]]] = []
+            await _pipeline(
+                monitor, [("netdev_add", netdev.arguments), ("device_add", card.arguments)], timeout
+            )
         else:
-            netdev = vhost_user_netdev(names.netdev, names.chardev, queues)
-            await monitor.pass_fd(names.socket_fd, backend.fileno())
-            first = [("chardev-add", ConnectedSocket(names.chardev, names.socket_fd).arguments)]
-        device = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
-        commands = [*first, ("netdev_add", netdev.arguments), ("device_add", device.arguments)]
-        await _pipeline(monitor, commands, timeout)
+            await _plug_vhost_user(monitor, names, backend, card, timeout)
     except BaseException as error:
         try:
             await run_to_end(_unplug(monitor, names, undo_timeout, queues))
@@ -134,8 +125,19 @@ async def _pass_tap(monitor: Monitor, names: NicNames, tap: Tap) -> Netdev:
     return tap_netdev(names.netdev, [name for name, _ in passed], [name for name, _ in vhost])
 
 
+async def _plug_vhost_user(
+    monitor: Monitor, names: NicNames, backend: BackEnd, card: Device, timeout: float
+) -> None:
+    netdev = vhost_user_netdev(names.netdev, names.chardev, backend.queues)
+    # netdev_add connects again, for ever, when the back end hangs up; so by then there is nothing there.
+    async with monitor.lend_fd(backend.fd) as fd:
+        chardev = ClientSocket(names.chardev, f"/proc/self/fd/{fd}")
+        await monitor.execute("chardev-add", chardev.arguments, timeout=timeout)
+    await _pipeline(monitor, [("netdev_add", netdev.arguments), ("device_add", card.arguments)], timeout)
+
+
 async def _pipeline(
-    monitor: Monitor, commands: list[tuple[str, Mapping[str, object]]], timeout: float
+    monitor: Monitor, commands: Sequence[tuple[str, Mapping[str, object]]], timeout: float
 ) -> None:
     """Send commands in a row without waiting; raise the first error, since it causes those after it."""
     running = (monitor.execute(command, arguments, timeout=timeout) for command, arguments in commands)
@@ -178,7 +180,6 @@ async def _remove_backend(monitor: Monitor, names: NicNames, queues: int) -> Non
     results = await asyncio.gather(
         monitor.execute("netdev_del", {"id": names.netdev}),
         monitor.execute("chardev-remove", {"id": names.chardev}),
-        monitor.execute("closefd", {"fdname": names.socket_fd}),
         _close_fds(monitor, names.tap_fd, queues),
         _close_fds(monitor, names.vhost_fd, queues),
         return_exceptions=True,

@@ -6,10 +6,11 @@ Reference: QEMU's docs/interop/qmp-spec.rst and qapi/*.json.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ class Monitor:
         self._socket = sock
         self._explain = explain
         self._fd_lock = asyncio.Lock()
+        self._fdsets = itertools.count()
         self._ending = asyncio.Event()
         self.closed: asyncio.Future[ShimError] = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
@@ -118,16 +120,36 @@ class Monitor:
 
         The caller keeps its own. Raises as `execute`.
         """
-        # QEMU keeps only the descriptor it received last: the next must not come before `getfd` took this.
         async with self._fd_lock:
-            if self.closed.done():
-                raise self._unavailable()
-            try:
-                # White space between two commands: a descriptor has to travel with at least one byte.
-                socket.send_fds(self._socket, [b" "], [fd])
-            except OSError as error:
-                raise ShimError("unavailable", f"QEMU's monitor: passing {name}: {error.strerror}") from error
+            self._send_fd(fd)
             await run_to_end(self.execute("getfd", {"fdname": name}))
+
+    @asynccontextmanager
+    async def lend_fd(self, fd: int) -> AsyncIterator[int]:
+        """Let QEMU have a duplicate of `fd` while the body runs (QMP `add-fd`), and yield its number there.
+
+        Raises as `execute`.
+        """
+        fdset = {"fdset-id": next(self._fdsets)}
+        try:
+            async with self._fd_lock:
+                self._send_fd(fd)
+                added = await run_to_end(self.execute("add-fd", fdset))
+            assert isinstance(added, dict)
+            yield added["fd"]
+        finally:
+            with suppress(ShimError):
+                await run_to_end(self.execute("remove-fd", fdset))
+
+    def _send_fd(self, fd: int) -> None:
+        """Send a descriptor. QEMU keeps only the last, so a command must take it before the next comes."""
+        if self.closed.done():
+            raise self._unavailable()
+        try:
+            # White space between two commands: a descriptor has to travel with at least one byte.
+            socket.send_fds(self._socket, [b" "], [fd])
+        except OSError as error:
+            raise ShimError("unavailable", f"QEMU's monitor: passing a file: {error.strerror}") from error
 
     async def version(self) -> tuple[int, int]:
         """Return QEMU's major and minor version; raises as `execute`."""

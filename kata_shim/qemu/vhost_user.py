@@ -1,8 +1,8 @@
-"""Connecting to a vhost-user back end before QEMU does.
+"""Trying a vhost-user back end before QEMU does.
 
-QEMU sets a back end up in its main loop: a silent one would stop the whole machine. Nor does QEMU connect to
-a path of more than 107 bytes. So we connect, see that it speaks, and hand QEMU the connection.
-Reference: QEMU's docs/interop/vhost-user.rst, "Message Specification" and "Front-end message types".
+QEMU sets a back end up in its main loop: a silent one would stop the whole machine for good. So we connect
+first and see that it speaks. QEMU then connects to what we found, whatever the length of its path; by itself
+it refuses one of more than 107 bytes. Reference: QEMU's docs/interop/vhost-user.rst.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import os
 import socket
 import stat
 import struct
+from dataclasses import dataclass
+from types import TracebackType
 
 from kata_shim.errors import ShimError, invalid
 
-CONNECT_TIMEOUT = 2.0
+ANSWER_TIMEOUT = 2.0  # seconds; a back end answers out of its own memory
 _HEADER = struct.Struct("=III")  # request, flags, size of the payload; in the machine's own byte order
 _NUMBER = struct.Struct("=Q")
 _GET_FEATURES = 1
@@ -27,20 +29,42 @@ _VERSION = 1
 _REPLY = _VERSION | 4
 
 
-async def connect(path: str, queues: int = 1, timeout: float = CONNECT_TIMEOUT) -> socket.socket:
-    """Return a connection to the back end that listens at `path`, which offers `queues` queue pairs.
+@dataclass(frozen=True, slots=True)
+class BackEnd:
+    """A back end that answers: a descriptor (O_PATH) of its socket, and the queue pairs it is to serve."""
 
-    It has only been asked what it can do, so QEMU can begin on the connection as on a new one. `path` may be
-    of any length. Raises ShimError: `invalid-argument` where it is no socket or the back end has fewer
-    queues, `failed-precondition` when nobody who speaks vhost-user answers there within `timeout` seconds.
+    fd: int
+    queues: int
+
+    def __enter__(self) -> BackEnd:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
+    ) -> None:
+        os.close(self.fd)
+
+
+async def find(path: str, queues: int = 1, timeout: float = ANSWER_TIMEOUT) -> BackEnd:
+    """Return the back end that listens at `path`, which may be of any length; it offers `queues` queue pairs.
+
+    It is asked what it can do on a connection of its own, which then ends. Raises ShimError:
+    `invalid-argument` where `path` is no socket or the back end has fewer queues, `failed-precondition` when
+    nobody who speaks vhost-user answers there within `timeout` seconds.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    found = -1
     try:
         async with asyncio.timeout(timeout):
-            await _connect(sock, path)
-            offered = await _queues_offered(sock, queues)
+            found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            if not stat.S_ISSOCK(os.fstat(found).st_mode):
+                raise invalid(f"vhostUserSocket: {path} is not a socket")
+            offered = await _queues_offered(found, queues)
+        if queues > offered:
+            raise invalid(f"queues: {queues} is more than the {offered} of the back end at {path}")
+        return BackEnd(found, queues)
     except BaseException as error:
-        sock.close()
+        if found >= 0:
+            os.close(found)
         if isinstance(error, TimeoutError):
             raise _refused(path, f"no answer within {timeout:g} s") from error
         if isinstance(error, EOFError | ValueError):
@@ -48,30 +72,17 @@ async def connect(path: str, queues: int = 1, timeout: float = CONNECT_TIMEOUT) 
         if isinstance(error, OSError) and error.errno:
             raise _refused(path, os.strerror(error.errno)) from error
         raise
-    if queues > offered:
-        sock.close()
-        raise invalid(f"queues: {queues} is more than the {offered} of the back end at {path}")
-    return sock
 
 
-async def _connect(sock: socket.socket, path: str) -> None:
-    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISSOCK(os.fstat(found).st_mode):
-            raise invalid(f"vhostUserSocket: {path} is not a socket")
-        # By way of the descriptor the address is short enough, and is what was just looked at.
+async def _queues_offered(found: int, wanted: int) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{found}")
-    finally:
-        os.close(found)
-
-
-async def _queues_offered(sock: socket.socket, wanted: int) -> int:
-    features = await _ask(sock, _GET_FEATURES)
-    if wanted == 1 or not features & _F_PROTOCOL_FEATURES:
-        return 1
-    if not await _ask(sock, _GET_PROTOCOL_FEATURES) & _PROTOCOL_F_MQ:
-        return 1
-    return await _ask(sock, _GET_QUEUE_NUM)
+        features = await _ask(sock, _GET_FEATURES)
+        if wanted == 1 or not features & _F_PROTOCOL_FEATURES:
+            return 1
+        if not await _ask(sock, _GET_PROTOCOL_FEATURES) & _PROTOCOL_F_MQ:
+            return 1
+        return await _ask(sock, _GET_QUEUE_NUM)
 
 
 async def _ask(sock: socket.socket, request: int) -> int:

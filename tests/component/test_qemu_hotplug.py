@@ -213,7 +213,7 @@ async def test_what_a_dead_shim_left_half_plugged(tmp_path: Path) -> None:
 async def test_what_is_no_vhost_user_back_end(tmp_path: Path, says: list[bytes] | None, why: str) -> None:
     async with backend(tmp_path, says) as path:
         with pytest.raises(ShimError, match=f"vhostUserSocket: .*{why}"):
-            await vhost_user.connect(path, timeout=0.2)
+            await vhost_user.find(path, timeout=0.2)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +229,16 @@ async def test_a_vhost_user_back_end_with_too_few_queues(
 ) -> None:
     async with backend(tmp_path, says) as path:
         with pytest.raises(ShimError, match=f"queues: 4 is more than the {offered} of the back end"):
-            await vhost_user.connect(path, 4)
+            await vhost_user.find(path, 4)
 
 
 async def test_a_vhost_user_back_end_that_gives_up_in_the_middle(tmp_path: Path) -> None:
-    async with machine(tmp_path) as vm, unchanged(vm), backend(tmp_path, [answer(1, 0)]) as path:
-        with await vhost_user.connect(path) as connection, pytest.raises(CommandError, match="netdev_add"):
-            await plug_nic(vm.monitor, vm.topology.allocate(), MAC, connection)
+    async with machine(tmp_path) as vm, backend(tmp_path, [answer(1, 0)]) as path:
+        await vm.monitor.execute("cont")  # only a QEMU whose machine runs closes what it was lent
+        before = {**await vm.devices(), "pci": "the firmware's"}
+        with await vhost_user.find(path) as found, pytest.raises(CommandError, match="netdev_add"):
+            await plug_nic(vm.monitor, vm.topology.allocate(), MAC, found)
+        assert {**await vm.devices(), "pci": "the firmware's"} == before
 
 
 async def test_qemu_killed_meanwhile(tmp_path: Path) -> None:
