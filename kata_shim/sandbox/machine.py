@@ -165,19 +165,10 @@ class Machine:
             )
         # QEMU before 10 crashes when TCG meets vhost-user and MSI-X.
         msix = self.accelerator != "tcg" or await self.monitor.version() >= (10, 0)
-        queues = interface.queue_pairs
-        with await vhost_user.connect(interface.vhost_user_socket, queues) as backend:
+        with await vhost_user.find(interface.vhost_user_socket, interface.queue_pairs) as backend:
             await hotplug.plug_nic(
-                self.monitor,
-                slot,
-                interface.hw_addr,
-                backend,
-                queues=queues,
-                msix=msix,
-                undo_timeout=self._patience,
+                self.monitor, slot, interface.hw_addr, backend, msix=msix, undo_timeout=self._patience
             )
-        except ShimError as error:
-            raise await self.explain(error) from None
 
     async def unplug(self, slot: Slot) -> None:
         """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""
@@ -185,6 +176,8 @@ class Machine:
             return
         try:
             await hotplug.unplug_nic(self.monitor, slot, timeout=self._patience)
+        except ShimError as error:
+            raise await self.explain(error) from None
 
     async def configure(self, interface: Interface, slot: Slot) -> None:
         """Have the guest bring the NIC to what `interface` says; waits for the NIC to appear."""
@@ -279,20 +272,6 @@ class Machine:
             task.cancel()
             await asyncio.wait((task,))
 
-    async def _watch(self) -> None:
-        await asyncio.shield(self.process.exited)
-        await self.console.drain()
-        cause = self.cause()
-        log.info("QEMU has ended", cause=cause or "the guest has powered off")
-        self.gone.set_result(cause)
-
-
-async def together(*works: Coroutine[Any, Any, None]) -> None:
-    """Run all to their end; the first failure cancels the others, waits for their undo, and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for work in works:
-                group.create_task(work)
     async def explain(self, error: ShimError) -> ShimError:
         """Return why QEMU has ended instead of an `error` which only says that a channel to it broke."""
         if error.code != "unavailable":
@@ -303,14 +282,14 @@ async def together(*works: Coroutine[Any, Any, None]) -> None:
     def _ended(self) -> ShimError:
         return ShimError("unavailable", self.gone.result() or "the guest has powered off")
 
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
+    async def _watch(self) -> None:
+        await asyncio.shield(self.process.exited)
+        await self.console.drain()
         if self._hearing is not None:
             await asyncio.wait((self._hearing,), timeout=END_TIMEOUT)
-
-async def _quiet(_: str) -> None:
-    return None
+        cause = self.cause()
+        log.info("QEMU has ended", cause=cause or "the guest has powered off")
+        self.gone.set_result(cause)
 
     async def _hear_shutdown(self) -> None:
         """Keep what QEMU says of its end: its exit status tells less, and only the shim that started it."""
@@ -318,6 +297,20 @@ async def _quiet(_: str) -> None:
             async with self.monitor.events("SHUTDOWN") as events:
                 data = (await events.next())["data"]
                 self._reason = str(data["reason"]) if isinstance(data, dict) else ""
+
+
+async def together(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all to their end; the first failure cancels the others, waits for their undo, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _quiet(_: str) -> None:
+    return None
 
 
 def _guest_cid(uuid: str) -> int:
