@@ -118,13 +118,13 @@ class Agent:
         argv: list[str],
         env: list[str],
         cwd: str,
-        stdin: asyncio.Queue[bytes | None] | None,
+        stdin: Input | None,
         output: Output,
     ) -> int:
         """Run a command in the guest; return its exit code, or 128 + the signal that ended it.
 
-        `output` is called with "stdout" or "stderr" and what was written; while it waits, the command does.
-        A cancelled caller's command is killed.
+        `stdin` is asked for the next piece, None at the end. `output` is called with "stdout" or "stderr" and
+        what was written; while it waits, the command does. A cancelled caller's command is killed.
         """
         request = guest_pb2.StartCommandRequest(argv=argv, env=env, cwd=cwd, stdin=stdin is not None)
         starting = asyncio.create_task(self._start(request))
@@ -169,15 +169,15 @@ class Agent:
                 return
             await output(name, data)
 
-    async def _feed(self, command: int, stdin: asyncio.Queue[bytes | None]) -> None:
+    async def _feed(self, command: int, stdin: Input) -> None:
         """Hand stdin on; a command that no longer reads ends the feeding, not the command."""
         try:
-            while (data := await stdin.get()) is not None:
+            while (data := await stdin()) is not None:
                 request = guest_pb2.WriteStdinRequest(command_id=command, data=data)
                 await self._call(GUEST_SERVICE, "WriteStdin", request, None)
             await self._call(GUEST_SERVICE, "CloseStdin", guest_pb2.CloseStdinRequest(command_id=command))
         except ShimError:
-            while await stdin.get() is not None:
+            while await stdin() is not None:
                 pass
 
     async def _call(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kata_shim.cli.arguments import Arguments
 
 CHUNK = 48 * 1024
+WINDOW = 16  # pieces of stdin that may be under way; the shim says when the command has taken one
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -55,6 +56,7 @@ class _Pump:
         self._call = 0
         self._unsent = bytearray()
         self._stdin_open = True
+        self._window = WINDOW
         self._signal = 0
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake)
@@ -83,15 +85,14 @@ class _Pump:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         poll.register(shim, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-        # Stdin is read no faster than the shim takes it.
-        if self._stdin_open and not self._unsent:
+        if self._stdin_open and not self._unsent and self._window:
             poll.register(0, select.POLLIN)
         ready = dict(poll.poll())
         if self._wake in ready and self._take_signals():
             return 128 + self._signal
         if shim in ready and ready[shim] & ~select.POLLOUT:
             for line in self._connection.receive():
-                result = self._connection.judge(line, self._call, _write_output)
+                result = self._connection.judge(line, self._call, self._take_progress)
                 if result is not None:
                     return _status(result)
         if shim in ready and ready[shim] & select.POLLOUT:
@@ -109,6 +110,11 @@ class _Pump:
             self._unsent += client.cancellation(self._call)
         return False
 
+    def _take_progress(self, progress: Any) -> None:
+        if isinstance(progress, dict) and isinstance(progress.get("stdin"), int):
+            self._window += progress["stdin"]
+        _write_output(progress)
+
     def _send(self) -> None:
         try:
             sent = self._connection.socket.send(self._unsent)
@@ -124,6 +130,7 @@ class _Pump:
         except OSError:
             data = b""
         self._stdin_open = bool(data)
+        self._window -= 1
         text = b'"%s"' % binascii.b2a_base64(data, newline=False) if data else b"null"
         self._unsent += b'{"id":%d,"stdin":%s}\n' % (self._call, text)
 

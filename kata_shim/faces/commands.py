@@ -88,7 +88,7 @@ class _Commands:
             argv,
             [f"{name}={value}" for name, value in env.items()],
             _field(call, "cwd", str, ""),
-            call.stdin if _field(call, "stdin", bool, True) else None,
+            call.read_stdin if _field(call, "stdin", bool, True) else None,
             output,
         )
         return {"exit_status": status}

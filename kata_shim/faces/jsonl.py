@@ -25,7 +25,7 @@ from kata_shim.messages import (
 
 MAX_IN_FLIGHT = 1024  # requests of one connection; its further lines wait, so a flood costs the flooder only
 CLOSE_TIMEOUT = 2.0  # seconds for answers that are due when the server closes
-MAX_STDIN = 16  # lines of stdin that wait for a command which does not read
+MAX_STDIN = 16  # lines of stdin a client may send beyond those taken; so no line ever waits to be read
 
 
 class Call:
@@ -35,7 +35,8 @@ class Call:
         self.method = request.method
         self.params = request.params
         self.warnings: list[str] = []
-        self.stdin: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STDIN)
+        self.overrun = False
+        self._stdin: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STDIN)
         self.task: asyncio.Task[None] | None = None
         self._connection = connection
         self._id = request.id
@@ -43,6 +44,20 @@ class Call:
     async def progress(self, value: object) -> None:
         """Send one progress line; waits while the client does not read."""
         await self._connection.send(progress(self._id, value))
+
+    async def read_stdin(self) -> bytes | None:
+        """Return the next piece of the command's stdin, None at its end, and let the client send one more."""
+        data = await self._stdin.get()
+        await self.progress({"stdin": 1})
+        return data
+
+    def feed(self, data: bytes | None) -> None:
+        """Take a piece of stdin; a client that sends more than it was let ends its request."""
+        try:
+            self._stdin.put_nowait(data)
+        except asyncio.QueueFull:
+            self.overrun = True
+            self.cancel()
 
     def cancel(self) -> None:
         """Cancel the handler, once: what it then does to undo its work is not interrupted again."""
@@ -113,17 +128,7 @@ class Connection:
         if isinstance(message, Cancel):
             call.cancel()
         elif isinstance(message, Stdin):
-            await self._feed(call, message.data)
-
-    async def _feed(self, call: Call, data: bytes | None) -> None:
-        """Hand stdin on; a full queue holds this connection's further lines back, unless its request ends."""
-        if not call.stdin.full() or call.task is None:
-            with suppress(asyncio.QueueFull):
-                call.stdin.put_nowait(data)
-            return
-        put = asyncio.create_task(call.stdin.put(data))
-        await asyncio.wait((put, call.task), return_when=asyncio.FIRST_COMPLETED)
-        put.cancel()
+            call.feed(message.data)
 
     async def _start(self, request: Request) -> None:
         if request.id in self._calls:
@@ -156,11 +161,17 @@ async def _answer(handler: Handler, call: Call, request_id: int | str) -> bytes:
     except ShimError as error:
         return failure(request_id, error, call.warnings)
     except asyncio.CancelledError:
-        return failure(request_id, ShimError("cancelled", "the request was cancelled"), call.warnings)
+        return failure(request_id, _why_cancelled(call), call.warnings)
     except Exception as error:
         log.exception("request failed by a defect", method=call.method)
         text = f"{call.method}: {type(error).__name__}: {error}; see shim.log"
         return failure(request_id, ShimError("internal", text), call.warnings)
+
+
+def _why_cancelled(call: Call) -> ShimError:
+    if call.overrun:
+        return ShimError("resource-exhausted", f"stdin: more than {MAX_STDIN} lines that were not taken yet")
+    return ShimError("cancelled", "the request was cancelled")
 
 
 class Server:

@@ -48,7 +48,7 @@ async def check(root: Path, config: str) -> dict[str, object]:
 async def _accelerator(hypervisor: Hypervisor, root: Path) -> dict[str, object]:
     if hypervisor.accelerator != "auto":
         return {"accelerator": hypervisor.accelerator, "reason": "configured"}
-    root.mkdir(mode=0o700, exist_ok=True)
+    os.makedirs(root, mode=0o700, exist_ok=True)
     found = await accelerator.find(hypervisor.path, hypervisor.kernel, root / "accelerator.json")
     return {"accelerator": found.name, "reason": found.reason}
 

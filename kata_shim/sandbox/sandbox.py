@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kata_shim import log
-from kata_shim.agent import Output
-from kata_shim.config import check_files, find_config
+from kata_shim.agent import Input, Output
+from kata_shim.config import find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
 from kata_shim.qemu.process import Process, find_by_log
@@ -234,7 +234,7 @@ class Sandbox:
         argv: list[str],
         env: list[str],
         cwd: str,
-        stdin: asyncio.Queue[bytes | None] | None,
+        stdin: Input | None,
         output: Output,
     ) -> int:
         """Run a command in the guest; see Agent.run."""
