@@ -187,12 +187,33 @@ class Machine:
         """Bring the host's tap to the NIC's MTU, and up; a vhost-user NIC has none."""
         if interface.vhost_user_socket:
             return
-        if self._host is None:
-            self._host = Netlink()
-        found = await link.find(self._host, interface.device)
+        found = await self.host_link(interface)
         if found is None:
             raise ShimError("not-found", f"device: {interface.device} has gone from the host")
-        await link.ensure(self._host, found, mtu=interface.mtu)
+        await link.ensure(self._netlink, found, mtu=interface.mtu)
+
+    async def host_link(self, interface: Interface) -> link.Link | None:
+        """Return the host's tap as it is now, for `put_host_back`; None where there is none."""
+        if interface.vhost_user_socket:
+            return None
+        return await link.find(self._netlink, interface.device)
+
+    async def put_host_back(self, before: link.Link | None) -> None:
+        """Bring a tap that was there `before` to the MTU and state it had, unless it has gone since."""
+        if before is None:
+            return
+        try:
+            now = await link.find(self._netlink, index=before.index)
+            if now is not None:
+                await link.ensure(self._netlink, now, mtu=before.mtu, up=before.up)
+        except ShimError as error:
+            log.warning("a tap could not be set back", device=before.name, error=error.message)
+
+    @property
+    def _netlink(self) -> Netlink:
+        if self._host is None:
+            self._host = Netlink()
+        return self._host
 
     async def _choose_accelerator(self) -> None:
         """Take the configured accelerator, or what a trial finds out, once for all sandboxes of the host."""

@@ -61,6 +61,7 @@ class Network:
             nic = self._reserve(interface)
             undo.push_async_callback(self._take_back, nic)
             await self._file.save()
+            undo.push_async_callback(self._machine.put_host_back, await self._machine.host_link(interface))
             await self._machine.plug(interface, nic.slot)
             await self._machine.configure(interface, nic.slot)
             nic.phase = "present"
@@ -74,23 +75,29 @@ class Network:
 
         Raises ShimError `not-found`, or what the guest says; the NIC then is as it was before.
         """
-        nic = self._to_update(interface)
         _check_mtu(interface)
-        async with self._names.hold(nic.interface.name):
-            before = nic.interface
-            nic = self._to_update(interface)  # it may have been deleted meanwhile
-            self._refuse_taken(interface, nic)
-            after = replace(before, name=interface.name, mtu=interface.mtu, addresses=interface.addresses)
-            async with AsyncExitStack() as undo:
-                undo.push_async_callback(self._restore, nic, before)
-                nic.interface = after
-                nic.phase = "updating"
-                await self._file.save()
-                await self._machine.set_host_mtu(after)
-                await self._machine.configure(after, nic.slot)
-                await self._file.save()
-                nic.phase = "present"
-                undo.pop_all()
+        while True:
+            nic = self._to_update(interface)
+            names = {nic.interface.name, interface.name}
+            async with self._names.hold(*names):
+                # While this waited it may have been renamed, or deleted and added again.
+                if self._to_update(interface) is nic and nic.interface.name in names:
+                    return await self._update(nic, interface)
+
+    async def _update(self, nic: Nic, interface: Interface) -> Nic:
+        before = nic.interface
+        self._refuse_taken(interface, nic)
+        after = replace(before, name=interface.name, mtu=interface.mtu, addresses=interface.addresses)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._restore, nic, before)
+            nic.phase = "updating"
+            await self._file.save()
+            nic.interface = after
+            await self._machine.set_host_mtu(after)
+            await self._machine.configure(after, nic.slot)
+            nic.phase = "present"
+            await self._file.save()
+            undo.pop_all()
         self._announce("iface-updated", name=after.name, device=after.device)
         return nic
 
@@ -112,8 +119,7 @@ class Network:
             if nic is None:
                 return False
             try:
-                nic.phase = "removing"
-                await self._file.save()
+                await self._mark_removing(nic)
                 await self._remove(nic)
             except ShimError as error:
                 error.attrs["result"] = render_failed_delete(nic.interface)
@@ -152,9 +158,9 @@ class Network:
     async def reconcile(self) -> None:
         """After re-attach: take back what was being added or changed, finish what was being removed."""
         for nic in list(self._record.nics):
-            if nic.phase == "present":
             if nic.phase == "updating":
                 await self._restore(nic, nic.interface)
+            if nic.phase == "present":
                 continue
             log.info("clearing a NIC whose operation was cut", name=nic.interface.name, phase=nic.phase)
             try:
@@ -195,13 +201,26 @@ class Network:
                     rule = "it must be unique in the sandbox"
                     raise ShimError("already-exists", f"{field}: {mine} is used by NIC {other.name}; {rule}")
 
+    async def _mark_removing(self, nic: Nic) -> None:
+        before, nic.phase = nic.phase, "removing"
+        try:
+            await self._file.save()
+        except BaseException:
+            nic.phase = before
+            raise
+
     async def _remove(self, nic: Nic) -> None:
         """Unplug the NIC, or what part of it is there, and forget it; raises when the guest keeps it."""
         await self._machine.unplug(nic.slot)
         self._record.nics.remove(nic)
         self._machine.topology.free(nic.slot)
         self._devices.release(nic.interface.device)
-        await self._file.save()
+        try:
+            await self._file.save()
+        except ShimError as error:
+            # The NIC is gone all the same. What is on disk says that it was going, or coming: the next save,
+            # or the next shim's look, puts that right.
+            log.warning("a NIC's end is not on record", name=nic.interface.name, error=error.message)
 
     async def _take_back(self, nic: Nic) -> None:
         """Undo an add. A guest that keeps the device keeps it on record: nothing else may use its slot."""
@@ -216,11 +235,10 @@ class Network:
         try:
             await self._machine.set_host_mtu(before)
             await self._machine.configure(before, nic.slot)
-        except ShimError as error:
             await self._file.save()
+        except ShimError as error:
             log.warning("a NIC could not be set back", name=before.name, error=error.message)
 
-    def _by_name(self, name: str) -> Nic | None:
     def _to_update(self, interface: Interface) -> Nic:
         nic = self._by_name(interface.name) or self._by_mac(interface.hw_addr)
         if nic is None or nic.phase not in ("present", "updating"):
@@ -229,6 +247,7 @@ class Network:
             )
         return nic
 
+    def _by_name(self, name: str) -> Nic | None:
         return next((nic for nic in self._record.nics if nic.interface.name == name), None)
 
     def _by_mac(self, mac: str) -> Nic | None:
@@ -248,7 +267,15 @@ class _NameLocks:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
 
     @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
+    async def hold(self, *names: str) -> AsyncIterator[None]:
+        """Hold these names, each taken in its turn: no two holders ever wait for one another."""
+        async with AsyncExitStack() as held:
+            for name in sorted(set(names)):
+                await held.enter_async_context(self._hold_one(name))
+            yield
+
+    @asynccontextmanager
+    async def _hold_one(self, name: str) -> AsyncIterator[None]:
         lock, users = self._locks.get(name, (asyncio.Lock(), 0))
         self._locks[name] = (lock, users + 1)
         try:
