@@ -154,15 +154,21 @@ def _discard(root: str, sandbox_id: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     directory = client.sandbox_directory(root, sandbox_id)
-    recorded = os.path.lexists(f"{directory}/record.json")
-    try:
-        client.connect(root, sandbox_id, say, revive=recorded).call("sandbox.delete", _dump({"force": True}))
-    except (ShimError, OSError) as error:
+    force = _dump({"force": True})
+    cause: Exception | None = None
+    # Twice: while a QEMU is being started, it has the socket of a shim that dies meanwhile open, for a moment.
+    for _ in range(2):
+        recorded = os.path.lexists(f"{directory}/record.json")
         try:
-            client.remove(root, sandbox_id)
-        except ShimError as remaining:
-            say(f"{error}")
-            say(f"{remaining}; `kata-runtime delete --force {sandbox_id}` tries again")
+            client.connect(root, sandbox_id, say, revive=recorded).call("sandbox.delete", force)
+            return
+        except (ShimError, OSError) as error:
+            cause = error
+    try:
+        client.remove(root, sandbox_id)
+    except ShimError as remaining:
+        say(f"{cause}")
+        say(f"{remaining}; `kata-runtime delete --force {sandbox_id}` tries again")
 
 
 def _dump(value: object) -> bytes:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from kata_shim.errors import ShimError
@@ -128,17 +129,22 @@ def last_log_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def find_by_log(log: Path) -> list[tuple[int, int]]:
-    """Return pid and start time of every process whose stdout is `log`: QEMUs that no record tells of."""
+def find_by_log(*logs: Path) -> list[tuple[int, int]]:
+    """Return pid and start time of every other process whose stdout is one of `logs`.
+
+    That finds a QEMU of which no record tells. One that is just being started has its starter's stdout for a
+    moment: with that log before QEMU's own it cannot slip through.
+    """
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            ours = (entry / "fd/1").samefile(log)
-        except OSError:
-            continue
-        if ours:
-            pid = int(entry.name)
-            found.append((pid, read_start_time(pid)))
+        if entry.name.isdigit() and int(entry.name) != os.getpid() and _writes_to(entry, logs):
+            found.append((int(entry.name), read_start_time(int(entry.name))))
     return found
+
+
+def _writes_to(process: Path, logs: Sequence[Path]) -> bool:
+    for log in logs:
+        with suppress(OSError):
+            if (process / "fd/1").samefile(log):
+                return True
+    return False
