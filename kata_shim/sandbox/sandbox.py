@@ -190,7 +190,7 @@ class Sandbox:
 
     async def _kill_strays(self) -> None:
         """End a QEMU whose pid no record holds: a shim was killed too early, or the record is lost."""
-        for pid, start_time in find_by_log(self.directory / "qemu.log"):
+        for pid, start_time in find_by_log(self.directory / "shim.log", self.directory / "qemu.log"):
             try:
                 process = Process.attach(pid, start_time)
             except ShimError:
