@@ -47,6 +47,7 @@ class Agent:
         self._address = address
         self._explain = explain
         self._client: Client | None = None
+        self._stock = False  # the Kata project's own agent, found out by the first call it lacks
         self._opening = asyncio.Lock()
 
     async def open(self, timeout: float) -> None:
@@ -94,17 +95,23 @@ class Agent:
 
     async def add_route(self, route: Route) -> None:
         """Add one route; a route that is there already is an error, in the kernel's words."""
-        await self._call(GUEST_SERVICE, "AddRoute", guest_pb2.AddRouteRequest(route=_to_route(route)))
+        request = guest_pb2.AddRouteRequest(route=_to_route(route))
+        if await self._ours("AddRoute", request) is None:
+            await self._stock_add_route(route)
 
     async def delete_routes(self, match: RouteMatch) -> list[Route]:
         """Delete every route of the main table that matches; return those deleted."""
         request = guest_pb2.DeleteRoutesRequest(dest=match.network, gateway=match.via, device=match.device)
-        answer = await self._call(GUEST_SERVICE, "DeleteRoutes", request)
+        answer = await self._ours("DeleteRoutes", request)
+        if answer is None:
+            return await self._stock_delete_routes(match)
         return _from_routes(_as(answer, agent_pb2.Routes))
 
     async def list_routes(self) -> list[Route]:
         """Return the main table, IPv4 first, without IPv6 link-local and multicast."""
-        answer = await self._call(GUEST_SERVICE, "ListMainRoutes", guest_pb2.ListMainRoutesRequest())
+        answer = await self._ours("ListMainRoutes", guest_pb2.ListMainRoutesRequest())
+        if answer is None:
+            return await self._stock_list_routes()
         return _from_routes(_as(answer, agent_pb2.Routes))
 
     async def update_routes(self, routes: list[Route]) -> list[Route]:
@@ -112,6 +119,37 @@ class Agent:
         wanted = agent_pb2.Routes(Routes=[_to_route(route) for route in routes])
         request = agent_pb2.UpdateRoutesRequest(routes=wanted)
         return _from_routes(_as(await self._call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes))
+
+    # A guest with the Kata project's own agent has no service kata_shim.Guest; its routes change as a set.
+
+    async def _ours(self, method: str, request: Message) -> Message | None:
+        """Call our own service; None where the guest's agent has not got it."""
+        if self._stock:
+            return None
+        try:
+            return await self._call(GUEST_SERVICE, method, request)
+        except ShimError as error:
+            if error.code != "unimplemented":
+                raise
+            self._stock = True
+            return None
+
+    async def _stock_list_routes(self) -> list[Route]:
+        answer = await self._call(AGENT_SERVICE, "ListRoutes", agent_pb2.ListRoutesRequest())
+        routes = [route for route in _from_routes(_as(answer, agent_pb2.Routes)) if _is_listed(route)]
+        return sorted(routes, key=lambda route: route.family)
+
+    async def _stock_add_route(self, route: Route) -> None:
+        routes = await self._stock_list_routes()
+        if route.key in (other.key for other in routes):
+            raise ShimError("already-exists", f"route {route.dest} dev {route.device}: File exists")
+        await self.update_routes([*routes, route])
+
+    async def _stock_delete_routes(self, match: RouteMatch) -> list[Route]:
+        before = await self._stock_list_routes()
+        await self.update_routes([route for route in before if not match.matches(route)])
+        left = {route.key for route in await self._stock_list_routes()}
+        return [route for route in before if route.key not in left]
 
     async def run(
         self,
@@ -231,6 +269,12 @@ async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:
         raise ShimError("deadline-exceeded", f"{client.name}: no answer within {timeout:g} s") from None
     except OSError as error:
         raise ShimError("unavailable", f"{client.name}: {error.strerror}") from None
+
+
+def _is_listed(route: Route) -> bool:
+    """Whether list-routes shows it: not IPv6 link-local and multicast, which every link has."""
+    network = ip_network(route.network)
+    return network.version == 4 or not (network.is_multicast or network.is_link_local)
 
 
 def _as(message: Message, kind: type[_M]) -> _M:

@@ -48,7 +48,7 @@ _CODES: dict[int, str] = {
     errno.ENOMEM: "resource-exhausted",
     errno.ENOBUFS: "resource-exhausted",
     errno.ENOSPC: "resource-exhausted",
-    errno.EOPNOTSUPP: "unimplemented",
+    errno.EOPNOTSUPP: "failed-precondition",
 }
 
 

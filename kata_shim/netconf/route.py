@@ -131,11 +131,10 @@ async def replace(netlink: Netlink, wanted: Sequence[Route]) -> list[Route]:
     missing = list(dict.fromkeys(wanted))
     stale = []
     for route in await _dump(netlink):
-        if not route.kernels and not _is_link_local(route):
-            if route in missing:
-                missing.remove(route)
-            else:
-                stale.append(route)
+        if route in missing:
+            missing.remove(route)  # also one of the kernel's, as list_main shows it
+        elif not route.kernels and not _is_link_local(route):
+            stale.append(route)
     async with AsyncExitStack() as undo:
         for route in reversed(nearest_first(stale)):
             undo.push_async_callback(set_again, netlink, route)
