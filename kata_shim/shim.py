@@ -70,8 +70,8 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
     options, rest = {}, []
     while words:
         word = words.pop(0)
-        if word.startswith("--"):
-            options[word] = words.pop(0) if words else ""
+        if word.startswith("--") and words:  # what comes last is an id, which may well be `--`
+            options[word] = words.pop(0)
         else:
             rest.append(word)
     return command, options, rest

@@ -156,7 +156,7 @@ def _discard(root: str, sandbox_id: str) -> None:
     directory = client.sandbox_directory(root, sandbox_id)
     force = _dump({"force": True})
     cause: Exception | None = None
-    # Twice: while a QEMU is being started, it has the socket of a shim that dies meanwhile open, for a moment.
+    # Twice: a QEMU that is just being started has the socket of a shim that dies then open for a moment.
     for _ in range(2):
         recorded = os.path.lexists(f"{directory}/record.json")
         try:

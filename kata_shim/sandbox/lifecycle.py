@@ -18,7 +18,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "start": frozenset({"creating"}),
     "exec": frozenset({"running"}),
     "network": frozenset({"running"}),
-    "delete": frozenset({"creating", "running", "stopped"}),
+    "delete": frozenset(STATES),
     "state": frozenset(STATES),
     "wait": frozenset(STATES),
     "watch": frozenset(STATES),
