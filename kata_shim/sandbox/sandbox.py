@@ -168,6 +168,9 @@ class Sandbox:
         if self._asked.is_set():
             await self.ready()
         self.lifecycle.require("delete")
+        if self.lifecycle.state == "deleting":
+            await self.gone.wait()
+            return
         if self.lifecycle.state == "running" and not force:
             raise ShimError(
                 "failed-precondition",
