@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
@@ -131,8 +132,10 @@ async def replace(netlink: Netlink, wanted: Sequence[Route]) -> list[Route]:
     missing = list(dict.fromkeys(wanted))
     stale = []
     for route in await _dump(netlink):
-        if route in missing:
-            missing.remove(route)  # also one of the kernel's, as list_main shows it
+        # One of the kernel's may be wanted too: list_main shows it, and without its source.
+        there = [one for one in missing if one in (route, dataclasses.replace(route, source=""))]
+        if there:
+            missing.remove(there[0])
         elif not route.kernels and not _is_link_local(route):
             stale.append(route)
     async with AsyncExitStack() as undo:
