@@ -24,6 +24,7 @@ from kata_shim.ttrpc.wire import (
 
 M = TypeVar("M", bound=Message)
 
+_GRACE = 0.25  # seconds after a call's time, for the peer to say more precisely what took too long
 _MAX_MESSAGE = 4096  # characters of a peer's error message that are kept
 
 
@@ -103,7 +104,7 @@ class Client(asyncio.Protocol):
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         stream_id = 0
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(None if timeout is None else timeout + _GRACE):
                 while not self._ready.is_set():
                     await self._ready.wait()
                 stream_id = self._send(payload, future)
