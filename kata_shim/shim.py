@@ -78,6 +78,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 
 def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
+    os.chdir("/")
     log.setup(sandbox_id)
     listener = socket.socket(fileno=listen_fd)
     os.set_inheritable(listen_fd, False)

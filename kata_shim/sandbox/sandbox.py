@@ -262,7 +262,7 @@ class Sandbox:
                 await tell(event)
                 if event.get("state") == "deleted":
                     return
-                if queue.full():
+                if queue not in self._watchers:
                     raise ShimError("resource-exhausted", "the watcher reads too slowly; events were lost")
         finally:
             self._watchers.discard(queue)
@@ -270,8 +270,10 @@ class Sandbox:
     def announce(self, event: str, **fields: object) -> None:
         """Send one event to every watcher."""
         log.debug(event, **fields)
-        for queue in self._watchers:
-            if not queue.full():
+        for queue in list(self._watchers):
+            if queue.full():
+                self._watchers.remove(queue)
+            else:
                 queue.put_nowait({"event": event, **fields})
 
     def state(self) -> dict[str, object]:
