@@ -44,7 +44,7 @@ class Started:
         self.process.send_signal(number)
 
     def end(self) -> int:
-        """Wait for its end and return the exit status; `shown` then is all it showed, without the newlines' CR."""
+        """Wait for its end and return the exit status; `shown` then is all it showed, newlines without CR."""
         while self._read():
             pass
         os.close(self._terminal)
