@@ -64,7 +64,7 @@ class Started:
         return bool(data)
 
 
-def write_config(path: Path, **fields: str | int | bool) -> Path:
+def write_config(path: Path, /, **fields: str | int | bool) -> Path:
     """Write a configuration.toml that sets these fields of [hypervisor.qemu] and leaves the others out."""
     lines = (f"{name} = {json.dumps(value)}" for name, value in fields.items())
     path.write_text("\n".join(["[hypervisor.qemu]", *lines, ""]))
