@@ -22,7 +22,7 @@ class Wire:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-        self._ids = itertools.count(1)
+        self._ids = (f"wire{n}" for n in itertools.count())
 
     @classmethod
     async def connect(cls, path: Path) -> Self:
@@ -38,7 +38,7 @@ class Wire:
         """Write messages as lines, in one piece."""
         self.writer.write(b"".join(orjson.dumps(message) + b"\n" for message in messages))
 
-    def request(self, method: str, params: object = None) -> int:
+    def request(self, method: str, params: object = None) -> str:
         """Send a request and return its id."""
         request_id = next(self._ids)
         self.send({"id": request_id, "method": method, "params": params})

@@ -36,6 +36,7 @@ class Call:
         self.params = request.params
         self.warnings: list[str] = []
         self.overrun = False
+        self.given_up = False
         self._stdin: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STDIN)
         self.task: asyncio.Task[None] | None = None
         self._connection = connection
@@ -61,20 +62,37 @@ class Call:
 
     def cancel(self) -> None:
         """Cancel the handler, once: what it then does to undo its work is not interrupted again."""
-        if self.task is not None:
+        if self.task is not None and not self.given_up:
             self.task.cancel()
-            self.task = None
+        self.given_up = True
 
 
 Handler = Callable[[Call], Awaitable[object]]
 
 
+class Reader(asyncio.StreamReader):
+    """Tells that the client has gone even while lines of it wait to be taken."""
+
+    def __init__(self) -> None:
+        # The limit is on what stands before the newline.
+        super().__init__(limit=MAX_LINE - 1)
+        self.ended = asyncio.Event()
+
+    def feed_eof(self) -> None:
+        """Note the end, be it orderly or not."""
+        super().feed_eof()
+        self.ended.set()
+
+    def set_exception(self, exc: Exception) -> None:
+        """Note the end by an error."""
+        super().set_exception(exc)
+        self.ended.set()
+
+
 class Connection:
     """One client: reads its lines, runs its requests as tasks, and cancels them when it goes away."""
 
-    def __init__(
-        self, methods: dict[str, Handler], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, methods: dict[str, Handler], reader: Reader, writer: asyncio.StreamWriter) -> None:
         self._methods = methods
         self._reader = reader
         self._writer = writer
@@ -84,17 +102,31 @@ class Connection:
 
     async def serve(self) -> None:
         """Answer until the client closes or breaks the framing; then every request in flight is cancelled."""
+        end = asyncio.create_task(self._cancel_at_end())
         try:
             while line := await self._read_line():
                 await self._take(line)
         finally:
-            for call in self._calls.values():
-                call.cancel()
+            end.cancel()
+            self._cancel()
             if self.tasks:
                 await asyncio.wait(self.tasks)
             self._writer.close()
             with suppress(OSError):
                 await self._writer.wait_closed()
+
+    def abort(self) -> None:
+        """Drop the client with all it has not read."""
+        self._writer.transport.abort()
+
+    async def _cancel_at_end(self) -> None:
+        """Let a client that has gone make room for its own last lines, which wait for that."""
+        await self._reader.ended.wait()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for call in self._calls.values():
+            call.cancel()
 
     async def send(self, line: bytes) -> None:
         """Write one line; waits while the client does not read, and forgets it when the client is gone."""
@@ -117,7 +149,9 @@ class Connection:
         try:
             message = parse(line)
         except LineError as error:
-            await self.send(failure(error.request_id, error))
+            # A refusal must not be taken for the end of a request that goes on.
+            known = error.request_id in self._calls
+            await self.send(failure(None if known else error.request_id, error))
             return
         if isinstance(message, Request):
             await self._start(message)
@@ -132,7 +166,7 @@ class Connection:
 
     async def _start(self, request: Request) -> None:
         if request.id in self._calls:
-            await self.send(failure(request.id, LineError(request.id, "id: a request with it is in flight")))
+            await self.send(failure(None, LineError(None, "id: a request with it is in flight")))
             return
         handler = self._methods.get(request.method)
         if handler is None:
@@ -142,21 +176,26 @@ class Connection:
         await self._room.acquire()
         call = Call(self, request)
         self._calls[request.id] = call
-        call.task = asyncio.create_task(self._run(handler, call, request.id))
-        self.tasks.add(call.task)
-        call.task.add_done_callback(self.tasks.discard)
+        task = asyncio.create_task(self._run(handler, call, request.id))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def _run(self, handler: Handler, call: Call, request_id: int | str) -> None:
+        # Only from here on: a task that is cancelled before it began would never answer.
+        call.task = asyncio.current_task()
         try:
             line = await _answer(handler, call, request_id)
         finally:
             del self._calls[request_id]
-            self._room.release()
         await self.send(line)
+        # Not before: the answers that a client does not read must not pile up here.
+        self._room.release()
 
 
 async def _answer(handler: Handler, call: Call, request_id: int | str) -> bytes:
     try:
+        if call.given_up:
+            raise asyncio.CancelledError
         return result(request_id, await handler(call), call.warnings)
     except ShimError as error:
         return failure(request_id, error, call.warnings)
@@ -184,7 +223,10 @@ class Server:
 
     async def listen(self, listener: socket.socket) -> None:
         """Start to accept. The socket stays the server's own until `close`."""
-        self._server = await asyncio.start_unix_server(self._accept, sock=listener, limit=MAX_LINE)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: asyncio.StreamReaderProtocol(Reader(), self._accept), sock=listener
+        )
 
     async def close(self) -> None:
         """Stop accepting, let the answers that are due go out, and close every connection."""
@@ -195,9 +237,14 @@ class Server:
             await asyncio.wait(due, timeout=CLOSE_TIMEOUT)
         for task in self._connections:
             task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=CLOSE_TIMEOUT)
+        for connection in self._connections.values():
+            connection.abort()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert isinstance(reader, Reader)
         peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, _ = struct.unpack("=iII", peer)
         if uid not in (0, os.geteuid()):
