@@ -68,8 +68,8 @@ class VirtioPort:
             except BlockingIOError:
                 return
             if not data:
-                # The host has gone; the session lives until the reset of who comes next.
-                self._unsent.clear()
+                # Nobody is connected, or is not yet: data can come before the word that the host has opened
+                # the port. So what is unsent is kept; it may be the echo of a reset.
                 return
             self._session.receive(data)
 
@@ -86,13 +86,20 @@ class _Connection(ServerProtocol):
         server, self._commands = new_server()
         super().__init__(server)
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        # vsock is open to every process of the guest, whatever its rights, and to guests of this guest.
+        if isinstance(peer, tuple) and peer[0] != socket.VMADDR_CID_HOST:
+            self._transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._commands.abandon()
 
 
 async def listen(listener: socket.socket, new_server: NewServer) -> asyncio.Server:
-    """Serve every connection to a bound stream socket as a session of its own."""
+    """Serve every connection to a bound stream socket as a session of its own; over vsock only the host's."""
     return await asyncio.get_running_loop().create_server(lambda: _Connection(new_server), sock=listener)
 
 

@@ -180,7 +180,7 @@ class LinkedSession:
             self._session = None
 
     def _lose(self, reason: str) -> None:
-        _log.info("link: %s; everything is dropped until the next reset", reason)
+        _log.debug("link: %s; everything is dropped until the next reset", reason)
         self.cancel()
         # A lone flag tells a host that is still there that its calls are lost; it is harmless before an echo.
         self._send(link.FLAG)
