@@ -259,12 +259,14 @@ async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:
                 sock.setblocking(False)
                 try:
                     await loop.sock_connect(sock, (cid, VSOCK_PORT))
+                    await loop.create_connection(lambda: client, sock=sock)
+                    return
                 except (ConnectionResetError, ConnectionRefusedError, TimeoutError):
                     sock.close()
                     await asyncio.sleep(VSOCK_RETRY)
-                    continue
-                await loop.create_connection(lambda: client, sock=sock)
-                return
+                except BaseException:
+                    sock.close()
+                    raise
     except TimeoutError:
         raise ShimError("deadline-exceeded", f"{client.name}: no answer within {timeout:g} s") from None
     except OSError as error:
