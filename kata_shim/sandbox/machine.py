@@ -71,7 +71,7 @@ class Machine:
         process, if any, is dead then.
         """
         hypervisor = self._hypervisor
-        cid = _guest_cid(uuid) if hypervisor.use_vsock else 0
+        cid = guest_cid(uuid) if hypervisor.use_vsock else 0
         await step("finding the accelerator")
         await self._choose_accelerator()
         await step(f"starting QEMU ({self.accelerator})")
@@ -95,7 +95,7 @@ class Machine:
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
         """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended."""
         self.process = Process.attach(pid, start_time)
-        await self._connect(_guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT, _quiet)
+        await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT, _quiet)
 
     async def kill(self) -> None:
         """End QEMU and everything held of it; what is dead already stays dead."""
@@ -265,7 +265,9 @@ class Machine:
         self._watcher = asyncio.create_task(self._watch())
         await self._unless_gone(self.console.connect(self._near / "console.sock"))
         self.monitor = await self._unless_gone(
-            Monitor.connect(self._near / "qmp.sock", explain=lambda: last_log_line(self._log))
+            Monitor.connect(
+                self._near / "qmp.sock", timeout=timeout, explain=lambda: last_log_line(self._log)
+            )
         )
         self._hearing = asyncio.create_task(self._hear_shutdown())
         self.agent = Agent(cid or self._near / "agent.sock", self.explain)
@@ -334,6 +336,6 @@ async def _quiet(_: str) -> None:
     return None
 
 
-def _guest_cid(uuid: str) -> int:
+def guest_cid(uuid: str) -> int:
     """Return a context id for the guest, from the sandbox's uuid: 0, 1, 2 and 2^32-1 are taken (vsock(7))."""
     return 3 + int(uuid.replace("-", ""), 16) % (2**32 - 4)
