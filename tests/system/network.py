@@ -13,6 +13,15 @@ from typing import Any
 from tests.started import write_config
 from tests.support import Guest, Result, Runtime
 
+# ETHTOOL_GCHANNELS of the kernel's ethtool.h: the most and the current number of rx, tx, other and combined.
+CHANNELS = """
+import array, fcntl, json, socket, struct, sys
+channels = array.array("I", [0x3C] + [0] * 8)
+request = struct.pack("16sP16x", sys.argv[1].encode(), channels.buffer_info()[0])
+fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8946, request)
+print(json.dumps({"most": channels[4], "now": channels[8]}))
+"""
+
 
 @contextmanager
 def booted(runtime: Runtime, directory: Path, sandbox_id: str, **fields: str | int | bool) -> Iterator[Guest]:
@@ -91,6 +100,11 @@ def listed(guest: Guest) -> list[dict[str, Any]]:
     assert (answer.status, answer.stderr) == (0, ""), answer
     assert answer.stdout == compact(answer.json)
     return answer.json or []
+
+
+def channels(guest: Guest, name: str) -> dict[str, int]:
+    """The most and the current combined channels of the guest's NIC."""
+    return dict(json.loads(guest.run("python3", "-c", CHANNELS, name).stdout))
 
 
 def held_files(guest: Guest) -> int:

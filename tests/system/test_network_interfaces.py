@@ -104,6 +104,14 @@ def test_a_tap_that_does_not_exist_is_made_and_deleted(nics: Guest) -> None:
     assert link("tap1") == {}
 
 
+def test_a_tap_that_has_gone_meanwhile(nics: Guest) -> None:
+    """Its NIC can be deleted all the same, and added anew."""
+    with tap("tap1"):
+        assert nics.network("add-iface", nic(1)).status == 0
+    assert nics.network("del-iface", nic(1)) == done("null")
+    assert nics.network("add-iface", nic(1)).status == 0
+
+
 def test_a_tap_of_other_flags_is_used(nics: Guest) -> None:
     """The documents ask for nothing but a tap: packet information or an owner are no reason to refuse one."""
     for options in (("pi",), ("user", "nobody"), ("vnet_hdr",), ("one_queue",)):
