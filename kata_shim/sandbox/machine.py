@@ -86,16 +86,27 @@ class Machine:
                 listener.close()
         try:
             await started(self.process)
-            await self._connect(cid, hypervisor.agent_timeout, step)
+            await self._connect(cid, hypervisor.agent_timeout)
+            await step("booting the guest")
+            await self._open_agent(hypervisor.agent_timeout)
             await self.agent.create_sandbox(name)
         except BaseException:
             await self.kill()
             raise
 
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
-        """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended."""
+        """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended.
+
+        A guest that does not answer now may do so later: whoever needs it then opens the channel.
+        """
         self.process = Process.attach(pid, start_time)
-        await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT, _quiet)
+        await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
+        try:
+            await self._open_agent(REATTACH_TIMEOUT)
+        except ShimError as error:
+            if error.code != "deadline-exceeded":
+                raise
+            log.warning("taken over without its guest", error=error.message)
 
     async def kill(self) -> None:
         """End QEMU and everything held of it; what is dead already stays dead."""
@@ -260,8 +271,8 @@ class Machine:
             raise ShimError("internal", f"{name}.sock: {error.strerror}") from None
         return listener
 
-    async def _connect(self, cid: int, timeout: float, step: Step) -> None:
-        """Connect console, monitor and agent; QEMU's end cuts the waiting short."""
+    async def _connect(self, cid: int, timeout: float) -> None:
+        """Connect console and monitor; QEMU's end cuts the waiting short."""
         self._watcher = asyncio.create_task(self._watch())
         await self._unless_gone(self.console.connect(self._near / "console.sock"))
         self.monitor = await self._unless_gone(
@@ -271,7 +282,8 @@ class Machine:
         )
         self._hearing = asyncio.create_task(self._hear_shutdown())
         self.agent = Agent(cid or self._near / "agent.sock", self.explain)
-        await step("booting the guest")
+
+    async def _open_agent(self, timeout: float) -> None:
         try:
             await self._unless_gone(self.agent.open(timeout))
         except ShimError as error:
@@ -330,10 +342,6 @@ async def together(*works: Coroutine[Any, Any, None]) -> None:
                 group.create_task(work)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-
-
-async def _quiet(_: str) -> None:
-    return None
 
 
 def guest_cid(uuid: str) -> int:
