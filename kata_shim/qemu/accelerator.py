@@ -89,7 +89,7 @@ async def _trial(argv: Sequence[str], seconds: float) -> str:
     """Boot once; return "" when the kernel ran, else why not."""
     with tempfile.TemporaryDirectory(prefix="kata-shim-trial-") as directory:
         log = Path(directory) / "log"
-        process = spawn(argv, log)
+        process = spawn(argv, log, dies_with_us=True)
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.shield(process.exited)

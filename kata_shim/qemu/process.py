@@ -76,10 +76,13 @@ class Process:
             self.exited.set_result(status)
 
 
-def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> Process:
+def spawn(
+    argv: Sequence[str], log: Path, pass_fds: Sequence[int] = (), *, dies_with_us: bool = False
+) -> Process:
     """Start QEMU in a session of its own, its output going to the end of `log`.
 
-    `pass_fds` keep their numbers and are all it inherits. It runs without capabilities and can gain none.
+    `pass_fds` keep their numbers and are all it inherits. It runs without capabilities and can gain none. It
+    survives us unless `dies_with_us`.
     Raises ShimError `failed-precondition` when argv[0] (configuration.toml's `path`) cannot be run.
     """
     if shutil.which(argv[0]) is None:
@@ -95,7 +98,7 @@ def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> Proce
         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),
     ]
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    command = [*SETPRIV, *argv]
+    command = [SETPRIV[0], *(["--pdeathsig=KILL"] if dies_with_us else []), *SETPRIV[1:], *argv]
     pid = os.posix_spawn(
         setpriv,
         command,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +128,35 @@ def test_the_last_line_that_says_something(tmp_path: Path) -> None:
     assert last_log_line(log) == "qemu: last words"
     log.write_bytes(b"\xff\xfe odd\n")
     assert last_log_line(log).endswith("odd")
+
+
+STARTER = """
+import asyncio, sys
+from pathlib import Path
+from kata_shim.qemu.process import spawn
+async def main():
+    print(spawn(["/bin/sleep", "600"], Path(sys.argv[1]), dies_with_us=sys.argv[2] == "dies").pid, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("fate", ["dies", "lives"])
+def test_what_becomes_of_it_when_we_are_killed(tmp_path: Path, fate: str) -> None:
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, tmp_path / "log", fate], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    descriptor = os.pidfd_open(pid)
+    # When it has become what it was to be, setpriv has done its work.
+    while b"sleep" not in Path(f"/proc/{pid}/comm").read_bytes():
+        os.sched_yield()
+    starter.kill()
+    starter.communicate()
+    ended = bool(select.select([descriptor], [], [], 10 if fate == "dies" else 0.2)[0])
+    assert ended == (fate == "dies")
+    if not ended:
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 10)[0]
+    os.close(descriptor)
