@@ -309,6 +309,14 @@ def test_kata_check_of_what_cannot_run(runtime: Runtime, tmp_path: Path) -> None
     assert (answer.json["ok"], answer.json["problems"]) == (False, [problem])
 
 
+def test_explicit_accelerator_needs_no_trial(runtime: Runtime, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", accelerator="tcg")
+    other = Runtime(tmp_path / "root", config)
+    found = other("kata-check", "--json").json
+    assert (found["accelerator"], found["reason"]) == ("tcg", "configured")
+    assert not (other.root / "accelerator.json").exists()
+
+
 def test_the_trial_is_remembered(runtime: Runtime, guest: Guest) -> None:
     """Nobody waits for it twice: the second start begins its boot at once."""
     before = (runtime.root / "accelerator.json").stat()
