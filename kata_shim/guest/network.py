@@ -17,6 +17,7 @@ from kata_shim.netconf.link import Link, Monitor
 from kata_shim.netconf.netlink import KernelError, Netlink
 from kata_shim.protos import types_pb2
 
+_NAMING_TRIES = 32  # as many interfaces as may appear at once
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
@@ -27,7 +28,7 @@ class Interfaces:
         self._netlink = netlink
         self._monitor = monitor
         self._naming = asyncio.Lock()
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # by index
 
     async def update(self, wanted: types_pb2.Interface) -> types_pb2.Interface:
         """Give an interface its name, MTU and addresses and set it up; answer it as it is then.
@@ -39,12 +40,16 @@ class Interfaces:
         if mac and not _MAC.fullmatch(mac):
             raise invalid(f"hwAddr: {wanted.hwAddr} is not a hardware address")
         addresses = [address.parse(ip.address, ip.mask) for ip in wanted.IPAddresses]
-        key = mac or wanted.name or wanted.device
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            if wanted.devicePath:
-                found, fresh = await self._appear(wanted.devicePath, mac)
-            else:
-                found, fresh = await self._present(mac, wanted), False
+        if wanted.devicePath:
+            found, fresh = await self._appear(wanted.devicePath, mac)
+        else:
+            found, fresh = await self._present(mac, wanted), False
+        # Not before it is there: a caller who has given up may wait for another path in vain.
+        lock = self._locks.setdefault(found.index, asyncio.Lock())
+        waited = lock.locked()
+        async with lock:
+            if waited:
+                found, fresh = await self._again(found), False
             target = replace(found, name=wanted.name or found.name, mtu=wanted.mtu or found.mtu, up=True)
             await self._configure(found, target, addresses, fresh)
         return types_pb2.Interface(
@@ -90,11 +95,17 @@ class Interfaces:
     async def _look(self, path: str, mac: str) -> Link | None:
         name = interface_at(path)
         found = await link.find(self._netlink, name) if name else None
-        if found is not None and found.mac != mac:
-            raise ShimError(
-                "failed-precondition", f"PCI path {path}: its interface is {found.mac}, not {mac}"
-            )
-        return found
+        if found is None or found.mac == mac:
+            return found
+        if interface_at(path) != name:  # it was renamed meanwhile, and another has its name
+            return await self._look(path, mac)
+        raise ShimError("failed-precondition", f"PCI path {path}: its interface is {found.mac}, not {mac}")
+
+    async def _again(self, found: Link) -> Link:
+        now = await link.find(self._netlink, index=found.index)
+        if now is None:
+            raise ShimError("not-found", f"the network interface {found.mac} has gone")
+        return now
 
     async def _present(self, mac: str, wanted: types_pb2.Interface) -> Link:
         names = {wanted.device, wanted.name} - {""}
@@ -123,12 +134,18 @@ class Interfaces:
     async def _ensure_link(self, found: Link, target: Link) -> None:
         # One at a time, as in the kernel: a name must not change hands between the look and the renaming.
         async with self._naming:
-            try:
-                await self._set(found, target)
-            except KernelError as error:
-                if error.errno != errno.EEXIST or not await self._make_room(target.name):
-                    raise
-                await self._set(found, target)
+            # It may have had to make room for another since it was found.
+            now = replace(found, name=link.name_of(found.index) or found.name)
+            for _ in range(_NAMING_TRIES):
+                try:
+                    await self._set(now, target)
+                except KernelError as error:
+                    # The kernel gives a name that was just freed to the next interface that appears.
+                    if error.errno != errno.EEXIST or not await self._make_room(target.name):
+                        raise
+                else:
+                    return
+        raise ShimError("aborted", f"the name {target.name} went to {_NAMING_TRIES} new interfaces in a row")
 
     async def _make_room(self, name: str) -> bool:
         """Take a name off a link that still has it from the kernel; say whether it is free now."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kata_shim.errors import ShimError
 from kata_shim.qemu.devices import ClientSocket, Device, Netdev, tap_netdev, vhost_user_netdev, virtio_net
@@ -19,6 +20,7 @@ from kata_shim.qemu.topology import Slot
 from kata_shim.qemu.vhost_user import BackEnd
 
 UNPLUG_TIMEOUT = 15.0
+T = TypeVar("T")
 
 
 class StuckDeviceError(ShimError):
@@ -96,6 +98,29 @@ async def plug_nic(
         raise
 
 
+async def keep_plugged(
+    monitor: Monitor, slot: Slot, mac: str, queues: int, finding: Coroutine[Any, Any, T], *, msix: bool = True
+) -> T:
+    """Await `finding`, which ends when the guest has found the new card in `slot`; return what it does.
+
+    A card that the guest takes away meanwhile is plugged in again. A guest that is to let go of several
+    devices is told so more than once (every ACPI hotplug event repeats what is still to be ejected:
+    docs/specs/acpi_pci_hotplug.rst) and may eject what was plugged in since. That comes before it looks for
+    the new card, so one that it has found stays. Raises as Monitor.execute and `finding`.
+    """
+    found = asyncio.create_task(finding)
+    guarding = asyncio.create_task(_plug_again(monitor, slot, mac, queues, msix))
+    try:
+        await asyncio.wait((found, guarding), return_when=asyncio.FIRST_COMPLETED)
+        if not found.done():
+            guarding.result()
+        return found.result()
+    finally:
+        found.cancel()
+        guarding.cancel()
+        await asyncio.wait((found, guarding))
+
+
 async def unplug_nic(monitor: Monitor, slot: Slot, *, timeout: float = UNPLUG_TIMEOUT) -> None:
     """Take the card in `slot` away, or whatever part of one is there; nothing there is fine.
 
@@ -115,6 +140,19 @@ async def nic_present(monitor: Monitor, slot: Slot) -> bool:
             raise
         return False
     return True
+
+
+async def _plug_again(monitor: Monitor, slot: Slot, mac: str, queues: int, msix: bool) -> None:
+    """Plug the card in whenever it is gone, for ever; its back end must be there."""
+    names = NicNames(slot)
+    card = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
+    async with monitor.events(
+        "DEVICE_DELETED", accept=lambda data: data.get("device") == names.device
+    ) as events:
+        while True:
+            if not await nic_present(monitor, slot):
+                await monitor.execute("device_add", card.arguments)
+            await events.next()
 
 
 async def _pass_tap(monitor: Monitor, names: NicNames, tap: Tap) -> Netdev:

@@ -174,12 +174,16 @@ class Machine:
                 "vhostUserSocket: the guest's memory is not shared, so the back end could not reach it;"
                 " set shared_memory = true in configuration.toml",
             )
-        # QEMU before 10 crashes when TCG meets vhost-user and MSI-X.
-        msix = self.accelerator != "tcg" or await self.monitor.version() >= (10, 0)
+        msix = await self._msix(interface)
         with await vhost_user.find(interface.vhost_user_socket, interface.queue_pairs) as backend:
             await hotplug.plug_nic(
                 self.monitor, slot, interface.hw_addr, backend, msix=msix, undo_timeout=self._patience
             )
+
+    async def _msix(self, interface: Interface) -> bool:
+        """Whether the card may have MSI-X: QEMU before 10 crashes when TCG meets vhost-user and MSI-X."""
+        without = interface.vhost_user_socket and self.accelerator == "tcg"
+        return not without or await self.monitor.version() >= (10, 0)
 
     async def unplug(self, slot: Slot) -> None:
         """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""
@@ -187,6 +191,17 @@ class Machine:
             return
         try:
             await hotplug.unplug_nic(self.monitor, slot, timeout=self._patience)
+        except ShimError as error:
+            raise await self.explain(error) from None
+
+    async def settle_in(self, interface: Interface, slot: Slot) -> None:
+        """Have the guest find the NIC that was just plugged, and bring it to what `interface` says."""
+        msix = await self._msix(interface)
+        queues = interface.queue_pairs
+        try:
+            await hotplug.keep_plugged(
+                self.monitor, slot, interface.hw_addr, queues, self.configure(interface, slot), msix=msix
+            )
         except ShimError as error:
             raise await self.explain(error) from None
 

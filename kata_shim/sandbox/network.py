@@ -63,7 +63,7 @@ class Network:
             await self._file.save()
             undo.push_async_callback(self._machine.put_host_back, await self._machine.host_link(interface))
             await self._machine.plug(interface, nic.slot)
-            await self._machine.configure(interface, nic.slot)
+            await self._machine.settle_in(interface, nic.slot)
             nic.phase = "present"
             await self._file.save()
             undo.pop_all()
