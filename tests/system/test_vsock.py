@@ -1,0 +1,108 @@
+"""use_vsock = true, for real: on a host with vhost_vsock, which is a guest of this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.started import write_config
+from tests.support import Guest, Result, Runtime
+from tests.system.nested import Nested, host
+from tests.system.network import address, done, listed, nic
+
+BOOT_TIMEOUT = 400  # seconds
+NIC = nic(1, IPAddresses=address("172.16.0.3", "16"))
+LISTED = [{"name": "eth1", "mac": NIC["hwAddr"], "ip": ["172.16.0.3/16"], "mtu": 1500}]
+
+LEFT = """
+ls -A /run/nested/sandboxes /run/nested/devices /sys/class/net
+cat /proc/[0-9]*/cmdline 2>/dev/null | grep -ao [q]emu-system
+"""
+CALL_BY_LOOPBACK = """
+import socket
+with socket.socket(socket.AF_VSOCK) as call:
+    call.settimeout(30)
+    call.connect((1, 1024))
+    try:
+        print(call.recv(1))
+    except ConnectionResetError:
+        print(b"")
+"""
+
+
+@pytest.fixture(scope="module")
+def nested(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nested]:
+    """A host that does not have vhost_vsock yet."""
+    directory = tmp_path_factory.mktemp("nested")
+    config = write_config(
+        directory / "vsock.toml",
+        use_vsock=True,
+        accelerator="kvm",
+        default_memory=300,
+        default_root_ports=2,
+        agent_timeout=BOOT_TIMEOUT,
+        hotplug_timeout=60,
+    )
+    with host(runtime, directory, config) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def guest(nested: Nested) -> Iterator[Guest]:
+    """A sandbox whose agent is reached by vsock."""
+    assert nested.outer.run("modprobe", "vhost_vsock") == Result(0, "", "")
+    assert nested("run", "--detach", "sb", timeout=BOOT_TIMEOUT) == Result(0, "", "")
+    yield Guest(nested, "sb")
+    assert nested("delete", "--force", "sb") == Result(0, "", "")
+    left = nested.shell(LEFT)
+    assert left == Result(1, "/run/nested/devices:\n\n/run/nested/sandboxes:\n\n/sys/class/net:\nlo\n", "")
+
+
+def test_refused_without_vhost_vsock(nested: Nested) -> None:
+    """The first test: the fixture `guest` loads the module."""
+    message = "/dev/vhost-vsock does not exist: load the module vhost_vsock, or set it to false"
+    assert nested("run", "--detach", "sb") == Result(
+        1, "", f"{nested.config}:2: [hypervisor.qemu] use_vsock: true; {message}\n"
+    )
+
+
+def test_vsock_is_the_channel(nested: Nested, guest: Guest) -> None:
+    """The guest has no virtio-serial port, and QEMU no capability with which to reach for vhost_vsock."""
+    assert guest.run("ls", "-A", "/sys/class/virtio-ports") == Result(0, "", "")
+    pid = str(nested("state", "sb").json["pid"])
+    capabilities = nested.shell('grep CapEff "/proc/$1/status"; readlink /proc/$1/fd/* | grep vsock', pid)
+    assert capabilities == Result(0, "CapEff:\t0000000000000000\n/dev/vhost-vsock\n", "")
+
+
+def test_network(guest: Guest) -> None:
+    assert guest.network("list-ifaces") == done("null")
+    added = guest.network("add-iface", NIC)
+    assert (added.status, added.stderr) == (0, "")
+    assert added.json["pciAddr"] == "01.0/00"
+    assert listed(guest) == LISTED
+    assert "inet 172.16.0.3/16 brd 172.16.255.255 scope global eth1" in guest.run("ip", "addr").stdout
+
+
+def test_bytes_both_ways(guest: Guest) -> None:
+    """More than what vsock takes before the other side has read."""
+    data = os.urandom(1 << 19).hex()
+    assert guest.run("cat", stdin=data.encode()) == Result(0, data, "")
+
+
+def test_only_the_host_is_heard(guest: Guest) -> None:
+    """A process in the guest can connect to the agent as well, but is not served."""
+    assert guest.run("modprobe", "vsock_loopback") == Result(0, "", "")
+    assert guest.run("python3", "-c", CALL_BY_LOOPBACK) == Result(0, "b''\n", "")
+
+
+def test_shim_killed(nested: Nested, guest: Guest) -> None:
+    before = nested("state", "sb").json
+    assert nested.python(f"from tests.started import kill; kill({before['shimPid']})") == Result(0, "", "")
+    assert listed(guest) == LISTED
+    after = nested("state", "sb").json
+    assert after["shimPid"] != before["shimPid"]
+    assert {**after, "shimPid": 0} == {**before, "shimPid": 0}
+    assert guest.network("del-iface", {"name": "eth1"}) == done("null")
+    assert "eth1" not in guest.run("ip", "link").stdout
