@@ -63,8 +63,9 @@ class Nested(Runtime):
         """Run a shell script on the outer guest."""
         return self.outer.run("chroot", "/host", "sh", "-c", script, "sh", *arguments)
 
-    def python(self, program: str) -> Result:
-        """Run a Python program, which may import the tests' own modules, on the outer guest."""
+    def kill(self, pid: int) -> Result:
+        """End a process of the outer guest by SIGKILL, and wait until it has ended."""
+        program = f"from tests.started import kill; kill({pid})"
         path = f"PYTHONPATH={PROJECT}"
         return self.outer.run("chroot", "/host", "env", path, sys.executable, "-c", program)
 

@@ -99,10 +99,22 @@ def test_only_the_host_is_heard(guest: Guest) -> None:
 
 def test_shim_killed(nested: Nested, guest: Guest) -> None:
     before = nested("state", "sb").json
-    assert nested.python(f"from tests.started import kill; kill({before['shimPid']})") == Result(0, "", "")
+    assert nested.kill(before["shimPid"]) == Result(0, "", "")
     assert listed(guest) == LISTED
     after = nested("state", "sb").json
     assert after["shimPid"] != before["shimPid"]
     assert {**after, "shimPid": 0} == {**before, "shimPid": 0}
     assert guest.network("del-iface", {"name": "eth1"}) == done("null")
     assert "eth1" not in guest.run("ip", "link").stdout
+
+
+def test_qemu_killed(nested: Nested, guest: Guest) -> None:
+    """The last test: who waits hears why, and delete clears what is left."""
+    with nested.start("exec", "sb", "--", "sh", "-c", "echo up; exec sleep 1000") as call:
+        assert call.stdout is not None
+        assert call.stdout.readline() == b"up\n"
+        assert nested.kill(nested("state", "sb").json["pid"]) == Result(0, "", "")
+        assert call.communicate(timeout=60) == (b"", b"QEMU has ended\n")
+    assert call.returncode == 1
+    stopped = nested("state", "sb").json
+    assert (stopped["status"], stopped["pid"], stopped["cause"]) == ("stopped", 0, "QEMU has ended")
