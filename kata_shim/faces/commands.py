@@ -101,6 +101,7 @@ class _Commands:
     async def update_iface(self, call: Call) -> object:
         interface: Interface = _parse(call, parse_interface)
         nic = await (await self._sandbox.network()).update(interface)
+        call.warnings += _not_updated(interface, nic.interface)
         return render_interface(nic.interface, nic.slot.path)
 
     async def del_iface(self, call: Call) -> object:
@@ -130,6 +131,18 @@ class _Commands:
         routes = _parse(call, parse_routes)
         updated = await (await self._sandbox.network()).update_routes(routes)
         return [render_route(route) for route in updated]
+
+
+def _not_updated(given: Interface, kept: Interface) -> list[str]:
+    """Return no line, or the one warning line of what update-iface was given and cannot change."""
+    fields = {
+        "device": (given.device, kept.device),
+        "hwAddr": (given.hw_addr, kept.hw_addr),
+        "vhostUserSocket": (given.vhost_user_socket, kept.vhost_user_socket),
+        "queues": (given.queues, kept.queues),
+    }
+    stay = [f"{name} stays {has or 'unset'}" for name, (wanted, has) in fields.items() if wanted != has]
+    return [f"cannot be changed and ignored: {', '.join(stay)}"] if stay else []
 
 
 def _parse(call: Call, parser: Callable[[object], tuple[_T, list[str]]]) -> _T:

@@ -33,6 +33,18 @@ def test_address_and_mtu(nics: Guest) -> None:
         assert nics.network("del-iface", nic(1)) == done("null")
 
 
+def test_what_cannot_change_is_said(nics: Guest) -> None:
+    assert nics.network("add-iface", nic(1)).status == 0
+    answer = '{"device":"tap1","name":"eth1","mtu":1400,"hwAddr":"02:42:20:6f:a3:01","pciAddr":"01.0/00"}'
+    other = nic(1, device="tap9", hwAddr="02:00:00:00:00:09", queues=2, mtu=1400)
+    assert nics.network("update-iface", other) == done(
+        answer,
+        "cannot be changed and ignored: device stays tap1, hwAddr stays 02:42:20:6f:a3:01,"
+        " queues stays unset",
+    )
+    agree(nics)
+
+
 def test_no_address_takes_the_address_away(nics: Guest) -> None:
     assert nics.network("add-iface", nic(1, IPAddresses=address("172.16.0.3", 16))).status == 0
     assert nics.network("update-iface", nic(1)) == done(
