@@ -9,12 +9,11 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.started import PATIENCE, taken
-from tests.support import Guest, Result, Runtime
+from tests.support import Guest, Result
 
 BULK = 10 * 1024 * 1024
 FLOOD = 24 * 1024 * 1024
@@ -22,12 +21,9 @@ SLACK = 8 * 1024 * 1024  # of memory, for whoever passes the flood on
 
 
 @pytest.fixture(scope="module")
-def guest(runtime: Runtime) -> Iterator[Guest]:
-    """One running sandbox for all tests of this module."""
-    started = runtime("run", "--detach", "exec")
-    assert (started.status, started.stdout) == (0, ""), started
-    yield Guest(runtime, "exec")
-    assert runtime("delete", "--force", "exec") == Result(0, "", "")
+def guest(shared_guest: Guest) -> Guest:
+    """The sandbox that needs nothing special."""
+    return shared_guest
 
 
 def running(guest: Guest, marker: str) -> bool:
