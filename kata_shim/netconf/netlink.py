@@ -1,15 +1,13 @@
-"""One open rtnetlink socket: pyroute2's asyncio socket, with the kernel's errors as ShimError."""
+"""One open rtnetlink socket: pyroute2's messages, the kernel's errors as ShimError, nothing waited for."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
-from contextlib import aclosing
+import socket
+import struct
 from typing import Any
 
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nlsocket import AsyncNetlinkSocket
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from kata_shim.errors import ShimError
@@ -17,8 +15,14 @@ from kata_shim.errors import ShimError
 # A pyroute2 message: fields and `attrs` by name.
 Message = Any
 
-# include/uapi/linux/netlink.h
+# include/uapi/linux/netlink.h, socket.h
 NETLINK_ROUTE = 0
+SOL_NETLINK = 270
+NETLINK_EXT_ACK = 11
+NETLINK_GET_STRICT_CHK = 12
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLMSGERR_ATTR_MSG = 1
 NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
 NLM_F_DUMP_INTR = 0x10
@@ -26,7 +30,14 @@ NLM_F_DUMP = 0x300
 NLM_F_REPLACE = 0x100
 NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
+NLM_F_CAPPED = 0x100
+NLM_F_ACK_TLVS = 0x200
 
+MAX_SEQUENCE = 2**32 - 1
+_HEADER = struct.Struct("=IHHI4x")  # nlmsghdr: length, type, flags, sequence number, port
+_NUMBER = struct.Struct("=i")
+_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
+_RECEIVE = 1 << 16  # bytes; more than the kernel puts into one datagram
 _DUMP_TRIES = 8
 
 _CODES: dict[int, str] = {
@@ -63,54 +74,86 @@ class KernelError(ShimError):
 
 
 class Netlink:
-    """An rtnetlink socket of the network namespace it was opened in; any number of tasks may use it at once.
+    """An rtnetlink socket of the network namespace it was opened in; any number of tasks may use it.
 
-    Every method takes in `what` the words that an error's message begins with, and raises KernelError.
+    The kernel does what a request asks for while it is sent, and goes on with a dump while it is read
+    (net/netlink/af_netlink.c): the answer is there at once, so nothing is ever waited for, no request of one
+    task comes between those of another, and none is cut by a cancellation. The methods are coroutines for
+    their callers' sake. Each takes in `what` the words that an error's message begins with, and raises
+    KernelError.
     """
 
     def __init__(self) -> None:
-        """Open the socket. Needs a running loop; `close` has to be called in the same loop."""
-        # Strict: the kernel filters dumps itself, and refuses fields it would otherwise overlook.
-        self._socket = AsyncNetlinkSocket(family=NETLINK_ROUTE, ext_ack=True, strict_check=True)
-        self._socket.set_marshal(MarshalRtnl())
-        # The kernel runs one dump at a time on a socket and answers EBUSY to the next.
-        self._dumping = asyncio.Lock()
+        """Open the socket."""
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        # The kernel then filters dumps itself, and refuses fields it would otherwise overlook.
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+        self._socket.bind((0, 0))
+        self._marshal = MarshalRtnl()
+        self._sequence = 0
 
     async def change(self, message: Message, kind: int, flags: int, what: str) -> None:
-        """Send a request that changes something and wait until the kernel has done it."""
-        await self._exchange(message, kind, NLM_F_REQUEST | NLM_F_ACK | flags, what)
+        """Send a request that changes something; when this returns the kernel has done it."""
+        self._exchange(message, kind, NLM_F_REQUEST | NLM_F_ACK | flags, what)
 
     async def get(self, message: Message, kind: int, what: str) -> Message:
         """Ask for one object."""
-        return (await self._exchange(message, kind, NLM_F_REQUEST, what))[0]
+        return self._exchange(message, kind, NLM_F_REQUEST, what)[0]
 
     async def dump(self, message: Message, kind: int, what: str) -> list[Message]:
         """Ask for all objects that match `message`; the answer is one consistent state."""
-        async with self._dumping:
-            for _ in range(_DUMP_TRIES):
-                found = await self._exchange(message, kind, NLM_F_REQUEST | NLM_F_DUMP, what)
-                if not any(one["header"]["flags"] & NLM_F_DUMP_INTR for one in found):
-                    return found
+        for _ in range(_DUMP_TRIES):
+            found = self._exchange(message, kind, NLM_F_REQUEST | NLM_F_DUMP, what)
+            if not any(one["header"]["flags"] & NLM_F_DUMP_INTR for one in found):
+                return found
         raise ShimError("aborted", f"{what}: the kernel's tables changed during each of {_DUMP_TRIES} dumps")
 
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
 
-    async def _exchange(self, message: Message, kind: int, flags: int, what: str) -> list[Message]:
-        self._drop_late_answers()
+    def _exchange(self, message: Message, kind: int, flags: int, what: str) -> list[Message]:
+        self._sequence = self._sequence % MAX_SEQUENCE + 1
+        message["header"].update(type=kind, flags=flags, sequence_number=self._sequence)
+        message.encode()
+        found: list[Message] = []
         try:
-            answers = await self._socket.nlm_request(message, msg_type=kind, msg_flags=flags)
-            async with aclosing(answers):
-                return [answer async for answer in answers]
-        except NetlinkError as error:
-            raise KernelError(error.code, error.args[1], what) from None
+            self._socket.send(message.data)
+            while not self._take(self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT), flags, found, what):
+                pass
         except OSError as error:
             raise KernelError(error.errno or errno.EIO, "", what) from error
+        return found
 
-    def _drop_late_answers(self) -> None:
-        """Forget the answers to requests whose callers were cancelled: pyroute2 keeps them for nobody."""
-        socket = self._socket.socket  # makes the queues
-        late = self._socket.msg_queue.root
-        while socket is not None and not late.empty():
-            late.get_nowait()
+    def _take(self, data: bytes, flags: int, found: list[Message], what: str) -> bool:
+        """Read one datagram of an answer; say whether it is the last."""
+        offset = 0
+        while offset < len(data):
+            length, kind, answer_flags, sequence = _HEADER.unpack_from(data, offset)
+            if sequence == self._sequence:
+                if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    _raise_error(data[offset : offset + length], answer_flags, what)
+                    return True
+                found += self._marshal.parse(data[offset : offset + length])
+            offset += (length + 3) & ~3
+        return bool(found) and not flags & (NLM_F_ACK | NLM_F_DUMP)
+
+
+def _raise_error(answer: bytes, flags: int, what: str) -> None:
+    """Raise what a `struct nlmsgerr`, or the number at a dump's end, says; 0 is success."""
+    kind, number = _HEADER.unpack_from(answer)[1], -_NUMBER.unpack_from(answer, _HEADER.size)[0]
+    if not number:
+        return
+    position = _HEADER.size + _NUMBER.size
+    if kind == NLMSG_ERROR:
+        # The request follows, or with NLM_F_CAPPED its header alone.
+        (request,) = _NUMBER.unpack_from(answer, position)
+        position += _HEADER.size if flags & NLM_F_CAPPED else (request + 3) & ~3
+    words = ""
+    while flags & NLM_F_ACK_TLVS and position + _ATTRIBUTE.size <= len(answer):
+        length, attribute = _ATTRIBUTE.unpack_from(answer, position)
+        if attribute == NLMSGERR_ATTR_MSG:
+            words = answer[position + _ATTRIBUTE.size : position + length].rstrip(b"\0").decode()
+        position += max((length + 3) & ~3, _ATTRIBUTE.size)
+    raise KernelError(number, words, what)

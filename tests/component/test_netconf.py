@@ -105,15 +105,6 @@ class TestLink:
         lists = await asyncio.gather(*(link.list_all(netlink) for _ in range(20)))
         assert all({one.name for one in links} == {"lo", "nic", "peer"} for links in lists)
 
-    async def test_a_cancelled_request_disturbs_no_other(self, netlink: Netlink) -> None:
-        for _ in range(50):
-            task = asyncio.create_task(link.list_all(netlink))
-            await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        assert await nic(netlink)
-
 
 class TestMonitor:
     async def test_it_tells_of_a_new_link_and_of_no_other(self, netlink: Netlink) -> None:
