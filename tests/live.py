@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from kata_shim.contract.interface import Interface
 from kata_shim.faces.commands import methods
 from kata_shim.faces.jsonl import Server
 from kata_shim.qemu.monitor import Monitor
@@ -33,6 +33,7 @@ class Live:
 
     root: Path
     sandbox: Sandbox
+    server: Server
 
     @property
     def machine(self) -> Machine:
@@ -72,7 +73,7 @@ class Live:
         assert status == 0, f"{argv}: {status}: {text}"
         return text
 
-    async def guest(self) -> dict[str, object]:
+    async def guest(self) -> dict[str, Any]:
         """Return the guest's links, addresses and routes, without what the kernel adds in its own time."""
         text = await self.run("sh", "-c", "; ".join(f"{command}; echo" for command in GUEST_STATE))
         links, *tables = (orjson.loads(line) for line in text.splitlines() if line.strip())
@@ -155,11 +156,6 @@ def _descriptors(pid: int) -> dict[str, int]:
     return dict(kinds)
 
 
-def ip(*words: str) -> None:
-    """Run `ip` on the host."""
-    subprocess.run(["ip", *words], check=True)
-
-
 @asynccontextmanager
 async def live(root: Path, sandbox_id: str, config: Path) -> AsyncIterator[Live]:
     """Start a sandbox in the existing directory of that id, serve it, and delete it at the end."""
@@ -171,7 +167,11 @@ async def live(root: Path, sandbox_id: str, config: Path) -> AsyncIterator[Live]
     await server.listen(listener)
     try:
         await sandbox.start(str(config), _silent)
-        yield Live(root, sandbox)
+        running = Live(root, sandbox, server)
+        # What the first one opens for all, or makes, stays.
+        await running.network.add(Interface("first", "first", 1500, "02:42:20:6f:ff:ff", ()))
+        await running.network.delete("first")
+        yield running
     finally:
         if not sandbox.gone.is_set():
             await sandbox.delete(force=True)

@@ -203,6 +203,16 @@ async def qemu_silent(step: Step) -> Any:
         os.kill(pid, signal.SIGCONT)
 
 
+async def ejected(step: Step) -> Any:
+    """The guest ejects the card of the NIC that is being added, before it has looked at it."""
+    monitor = step.live.monitor
+    device = "nic-" + step.live.sandbox.record.nics[-1].slot.path.replace("/", "-")
+    async with monitor.events("DEVICE_DELETED") as events:
+        await type(monitor).execute(monitor, "device_del", {"id": device})
+        await events.next()
+    return await step.make()
+
+
 async def disk_full(step: Step) -> Any:
     """The disk is full while this is written."""
     filler = step.live.sandbox.directory / "filler"
