@@ -6,6 +6,7 @@ What the guest answers is untrusted: the channel checks frames and messages, thi
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -27,9 +28,11 @@ from kata_shim.ttrpc.client import Client
 
 VSOCK_PORT = 1024  # the Kata agent's
 VSOCK_RETRY = 0.02  # seconds
+VSOCK_RESERVED = 1023  # LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c
 CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
 SEED_BYTES = 64
+_CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
 IFNAME_MOST = 15  # IFNAMSIZ of <linux/if.h> without the NUL
 
 _M = TypeVar("_M", bound=Message)
@@ -177,7 +180,13 @@ class Agent:
             raise
 
     async def _start(self, request: guest_pb2.StartCommandRequest) -> int:
-        started = await self._call(GUEST_SERVICE, "StartCommand", request)
+        try:
+            started = await self._call(GUEST_SERVICE, "StartCommand", request)
+        except ShimError as error:
+            # What a shell's own status says of a command that cannot be run (POSIX, 2.8.2).
+            if error.code in _CANNOT_RUN:
+                error.attrs["exit_status"] = _CANNOT_RUN[error.code]
+            raise
         return _as(started, guest_pb2.StartCommandResponse).command_id
 
     async def _attend(self, command: int, stdin: Input | None, output: Output) -> int:
@@ -255,8 +264,7 @@ async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:
     try:
         async with asyncio.timeout(timeout):
             while True:
-                sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-                sock.setblocking(False)
+                sock = _privileged_vsock(cid)
                 try:
                     await loop.sock_connect(sock, (cid, VSOCK_PORT))
                     await loop.create_connection(lambda: client, sock=sock)
@@ -271,6 +279,24 @@ async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:
         raise ShimError("deadline-exceeded", f"{client.name}: no answer within {timeout:g} s") from None
     except OSError as error:
         raise ShimError("unavailable", f"{client.name}: {error.strerror}") from None
+
+
+def _privileged_vsock(cid: int) -> socket.socket:
+    """Return a vsock socket on a port that only root may bind (vsock(7)): our agent hears no other.
+
+    vsock knows no file modes, so without this any user of the host could command any guest.
+    """
+    for attempt in range(VSOCK_RESERVED):
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.bind((socket.VMADDR_CID_ANY, 1 + (cid + attempt) % VSOCK_RESERVED))
+            return sock
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+    text = f"all {VSOCK_RESERVED} vsock ports that only root may use are in use on this host"
+    raise ShimError("resource-exhausted", text)
 
 
 def _is_listed(route: Route) -> bool:

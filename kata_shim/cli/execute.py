@@ -25,7 +25,7 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def execute(arguments: Arguments) -> int:
-    """Run a command in the guest; the exit status is the command's, 128+n when signal n ended it.
+    """Run a command in the guest; the status is its own, 128+n for a signal, 126 or 127 where it cannot run.
 
     The first signal cancels the command and waits for its end, a second one leaves at once: status 128+n.
     """
@@ -75,10 +75,14 @@ class _Pump:
                 status = self._step()
                 if status is not None:
                     return status
-        except ShimError:
+        except ShimError as error:
             if self._signal:
                 return 128 + self._signal
-            raise
+            cannot_run = error.attrs.get("exit_status")
+            if not isinstance(cannot_run, int):
+                raise
+            say(error.message)
+            return cannot_run
 
     def _step(self) -> int | None:
         shim = self._connection.socket.fileno()

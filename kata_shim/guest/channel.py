@@ -14,6 +14,7 @@ from kata_shim.ttrpc.server import Server, ServerProtocol
 PORT_NAME = "agent.channel.0"
 VSOCK_PORT = 1024  # the Kata agent's
 
+_VSOCK_RESERVED = 1023  # LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c
 _PORTS = "/sys/class/virtio-ports"
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
@@ -89,8 +90,9 @@ class _Connection(ServerProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         peer = transport.get_extra_info("peername")
-        # vsock is open to every process of the guest, whatever its rights, and to guests of this guest.
-        if isinstance(peer, tuple) and peer[0] != socket.VMADDR_CID_HOST:
+        # vsock knows no rights: every process of the guest, and every user of the host, can connect. The
+        # shim calls from a port that takes root on the host to bind.
+        if isinstance(peer, tuple) and not _is_root_of_host(*peer):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -98,8 +100,12 @@ class _Connection(ServerProtocol):
         self._commands.abandon()
 
 
+def _is_root_of_host(cid: int, port: int) -> bool:
+    return cid == socket.VMADDR_CID_HOST and port <= _VSOCK_RESERVED
+
+
 async def listen(listener: socket.socket, new_server: NewServer) -> asyncio.Server:
-    """Serve every connection to a bound stream socket as a session of its own; over vsock only the host's."""
+    """Serve every connection to a bound stream socket as a session; over vsock only the host's root's."""
     return await asyncio.get_running_loop().create_server(lambda: _Connection(new_server), sock=listener)
 
 

@@ -73,20 +73,21 @@ def test_environment_and_directory(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "status", "message"),
     [
-        (("nosuch",), "nosuch: command not found"),
-        (("/no/such",), "/no/such: No such file or directory"),
-        (("/etc",), "/etc: Permission denied"),
+        ("nosuch", 127, "nosuch: command not found"),
+        ("/no/such", 127, "/no/such: No such file or directory"),
+        ("/etc", 126, "/etc: Permission denied"),
     ],
 )
-def test_command_that_cannot_run(guest: Guest, command: tuple[str, ...], message: str) -> None:
-    assert guest.run(*command) == Result(1, "", f"{message}\n")
+def test_command_that_cannot_run(guest: Guest, command: str, status: int, message: str) -> None:
+    """As a shell's own status says it."""
+    assert guest.run(command) == Result(status, "", f"{message}\n")
 
 
 def test_directory_that_is_not_there(guest: Guest) -> None:
     answer = guest.runtime("exec", "--cwd", "/no/such", guest.id, "--", "true")
-    assert answer == Result(1, "", "cwd: /no/such: No such file or directory\n")
+    assert answer == Result(127, "", "cwd: /no/such: No such file or directory\n")
 
 
 def test_bulk_into_the_guest(guest: Guest) -> None:

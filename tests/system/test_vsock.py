@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from kata_shim.sandbox.machine import guest_cid
 from tests.started import write_config
 from tests.support import Guest, Result, Runtime
 from tests.system.nested import Nested, host
@@ -20,11 +22,11 @@ LEFT = """
 ls -A /run/nested/sandboxes /run/nested/devices /sys/class/net
 cat /proc/[0-9]*/cmdline 2>/dev/null | grep -ao [q]emu-system
 """
-CALL_BY_LOOPBACK = """
-import socket
+CALL = """
+import socket, sys
 with socket.socket(socket.AF_VSOCK) as call:
     call.settimeout(30)
-    call.connect((1, 1024))
+    call.connect((int(sys.argv[1]), 1024))
     try:
         print(call.recv(1))
     except ConnectionResetError:
@@ -94,7 +96,15 @@ def test_bytes_both_ways(guest: Guest) -> None:
 def test_only_the_host_is_heard(guest: Guest) -> None:
     """A process in the guest can connect to the agent as well, but is not served."""
     assert guest.run("modprobe", "vsock_loopback") == Result(0, "", "")
-    assert guest.run("python3", "-c", CALL_BY_LOOPBACK) == Result(0, "b''\n", "")
+    assert guest.run("python3", "-c", CALL, "1") == Result(0, "b''\n", "")
+
+
+def test_only_root_of_the_host_is_heard(nested: Nested, guest: Guest) -> None:
+    """Another user of the host can connect to the guest's port, but is not served."""
+    assert guest.run("true") == Result(0, "", "")
+    uuid = json.loads(nested.shell("cat /run/nested/sandboxes/sb/record.json").stdout)["uuid"]
+    call = 'exec setpriv --reuid 65534 --clear-groups /usr/bin/python3 -c "$1" "$2"'
+    assert nested.shell(call, CALL, str(guest_cid(uuid))) == Result(0, "b''\n", "")
 
 
 def test_shim_killed(nested: Nested, guest: Guest) -> None:
