@@ -27,6 +27,7 @@ PACKAGES = [
     ),
     *(
         "libffi8",
+        "libgcc-s1",
         "libmd0",
         "libmnl0",
         "libnetfilter-conntrack3",
@@ -34,7 +35,7 @@ PACKAGES = [
         "libnl-3-200",
         "libnl-genl-3-200",
     ),
-    *("libpcre2-8-0", "libpopt0", "libselinux1", "libxtables12", "zlib1g"),
+    *("libpcre2-8-0", "libpopt0", "libselinux1", "libstdc++6", "libxtables12", "zlib1g"),
 ]
 PROGRAMS = [
     *("usr/bin/busybox", "usr/bin/python3.11", "usr/bin/ip", "usr/sbin/bridge", "usr/sbin/tc"),
@@ -42,6 +43,7 @@ PROGRAMS = [
 ]
 STDLIB = "usr/lib/python3.11/"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
+FOR_PROTOBUF = "libstdc++.so.6"  # without it protobuf falls back, silently, to Python several times as slow
 LOADER = "ld-linux-x86-64.so.2"
 DIRECTORIES = ("dev", "mnt", "proc", "root", "run", "sys", "var/log")
 FILES = {
@@ -112,9 +114,10 @@ def is_wanted_python(path: str, left_out: list[str]) -> bool:
 
 
 def add_libraries(tree: Tree, unpacked: Unpacked) -> None:
-    """The shared libraries that the tree's programs need, and those that these need."""
+    """The shared libraries that the tree's programs and protobuf need, and those that these need."""
     tree.file(f"usr/lib64/{LOADER}", unpacked.data(f"{LIBRARIES}/{LOADER}"), 0o755)
-    done = {LOADER}
+    tree.file(f"{LIBRARIES}/{FOR_PROTOBUF}", unpacked.data(f"{LIBRARIES}/{FOR_PROTOBUF}"), 0o755)
+    done = {LOADER, FOR_PROTOBUF}
     waiting = [entry.data for entry in tree.entries.values() if stat.S_ISREG(entry.mode)]
     while waiting:
         for name in needed_libraries(waiting.pop()):
