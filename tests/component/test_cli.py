@@ -184,7 +184,8 @@ def test_exec_joins_stdin_stdout_stderr_and_status(state: Path) -> None:
 
     def reply(client: socket.socket, message: Message) -> None:
         if isinstance(message, Stdin) and message.data is not None:
-            client.sendall(out(message.data) + out(message.data[::-1], "stderr"))
+            taken = messages.progress(1, {"stdin": 1})
+            client.sendall(taken + out(message.data) + out(message.data[::-1], "stderr"))
         elif isinstance(message, Stdin):
             client.sendall(messages.result(1, {"exit_status": 42}))
 

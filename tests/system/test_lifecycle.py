@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +22,18 @@ from tests.support import Guest, Result, Runtime
 LONG_ID = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_.-0123456789" + "a" * 25
 OTHER_ID = "abcdefghijklmnopqrstuvwxyz" + "-" * 38
 EMULATED = "no usable KVM on this host: QEMU emulates (TCG), which is slow\n"
+PROJECT = Path(kata_shim.__file__).parent.parent
 STEPS = ("finding the accelerator", "starting QEMU", "booting the guest")
+
+
+@pytest.fixture(scope="module")
+def runtime(root: Path) -> Iterator[Runtime]:
+    """The CLI on a root of its own: these tests look at all that is there."""
+    own = root / "lifecycle"
+    own.mkdir(mode=0o700)
+    yield Runtime(own, PROJECT / "configuration.toml")
+    assert os.listdir(own / "sandboxes") == []
+    shutil.rmtree(own)
 
 
 @pytest.fixture(scope="module")
