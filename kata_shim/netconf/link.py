@@ -15,13 +15,14 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from kata_shim.netconf.netlink import NETLINK_ROUTE, KernelError, Message, Netlink
 
-# include/uapi/linux/rtnetlink.h, if.h
+# include/uapi/linux/rtnetlink.h, if.h, if_tun.h
 RTM_NEWLINK = 16
 RTM_GETLINK = 18
 RTM_SETLINK = 19
 RTMGRP_LINK = 1
 RTEXT_FILTER_SKIP_STATS = 8
 IFF_UP = 1
+IFF_TAP = 2
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
@@ -42,6 +43,18 @@ class Link:
     mac: str
     mtu: int
     up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TunTap:
+    """What the driver tun has to say of a link; all False and 0 for one that is not its own.
+
+    `queues` are those that are open, also while they are disabled; 0 where there can be only one.
+    """
+
+    tap: bool = False
+    multi_queue: bool = False
+    queues: int = 0
 
 
 def from_message(message: Message) -> Link:
@@ -84,6 +97,30 @@ async def find(netlink: Netlink, name: str = "", index: int = 0) -> Link | None:
         if error.errno == errno.ENODEV:
             return None
         raise
+
+
+def find_tuntap(netlink: Netlink, name: str) -> TunTap | None:
+    """Return what sort of tun or tap the link of that name is; None when there is no such link.
+
+    Reference: include/uapi/linux/if_link.h, IFLA_TUN_*.
+    """
+    request = ifinfmsg()
+    request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS), ("IFLA_IFNAME", name)]
+    try:
+        message = netlink.get_now(request, RTM_GETLINK, f"link {name}")
+    except KernelError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    info = message.get_attr("IFLA_LINKINFO")
+    if info is None or info.get_attr("IFLA_INFO_KIND") != "tun":
+        return TunTap()
+    data = info.get_attr("IFLA_INFO_DATA")
+    return TunTap(
+        tap=data.get_attr("IFLA_TUN_TYPE") == IFF_TAP,
+        multi_queue=bool(data.get_attr("IFLA_TUN_MULTI_QUEUE")),
+        queues=data.get_attr("IFLA_TUN_NUM_QUEUES", 0) + data.get_attr("IFLA_TUN_NUM_DISABLED_QUEUES", 0),
+    )
 
 
 async def list_all(netlink: Netlink) -> list[Link]:

@@ -57,6 +57,8 @@ _CODES: dict[int, str] = {
     errno.EPERM: "permission-denied",
     errno.EACCES: "permission-denied",
     errno.ENOMEM: "resource-exhausted",
+    errno.EMFILE: "resource-exhausted",
+    errno.ENFILE: "resource-exhausted",
     errno.ENOBUFS: "resource-exhausted",
     errno.ENOSPC: "resource-exhausted",
     errno.EOPNOTSUPP: "failed-precondition",
@@ -79,13 +81,16 @@ class Netlink:
     The kernel does what a request asks for while it is sent, and goes on with a dump while it is read
     (net/netlink/af_netlink.c): the answer is there at once, so nothing is ever waited for, no request of one
     task comes between those of another, and none is cut by a cancellation. The methods are coroutines for
-    their callers' sake. Each takes in `what` the words that an error's message begins with, and raises
-    KernelError.
+    their callers' sake, but for `get_now`. Each takes in `what` the words that an error's message begins
+    with, and raises KernelError.
     """
 
     def __init__(self) -> None:
-        """Open the socket."""
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
+        """Open the socket; raises KernelError."""
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
+        except OSError as error:
+            raise KernelError(error.errno or errno.EIO, "", "rtnetlink") from error
         self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
         # The kernel then filters dumps itself, and refuses fields it would otherwise overlook.
         self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
@@ -99,6 +104,10 @@ class Netlink:
 
     async def get(self, message: Message, kind: int, what: str) -> Message:
         """Ask for one object."""
+        return self.get_now(message, kind, what)
+
+    def get_now(self, message: Message, kind: int, what: str) -> Message:
+        """Ask for one object, for a caller that is no coroutine."""
         return self._exchange(message, kind, NLM_F_REQUEST, what)[0]
 
     async def dump(self, message: Message, kind: int, what: str) -> list[Message]:

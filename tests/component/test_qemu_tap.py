@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from kata_shim.errors import ShimError
 from kata_shim.qemu.tap import open_tap
+from tests.component.netns import network_namespace
 
 pytestmark = pytest.mark.quick
+
+# include/uapi/linux/if_tun.h
+TUNSETQUEUE = 0x400454D9
+IFF_DETACH_QUEUE = 0x0400
 
 
 def ip(*arguments: str) -> None:
@@ -22,7 +32,7 @@ def ip(*arguments: str) -> None:
 
 def exists(device: str) -> bool:
     """Whether there is such a network device."""
-    return Path("/sys/class/net", device).exists()
+    return device in (name for _, name in socket.if_nameindex())
 
 
 @pytest.fixture
@@ -93,6 +103,57 @@ def test_what_is_no_tap(how: str) -> None:
         assert caught.value.code == "failed-precondition"
     finally:
         ip("link", "delete", "t-odd")
+
+
+def test_a_network_namespace_without_a_sysfs_of_its_own() -> None:
+    """As `nsenter --net` and `unshare --net` leave it: /sys goes on showing the devices of another."""
+    with network_namespace():
+        ip("tuntap", "add", "t-one", "mode", "tap")
+        ip("tuntap", "add", "t-many", "mode", "tap", "multi_queue")
+        for device, queues in (("t-new", 1), ("t-new", 3), ("t-one", 1), ("t-many", 1), ("t-many", 3)):
+            assert not Path("/sys/class/net", device).exists()
+            with open_tap(device, queues) as opened:
+                assert (opened.created, len(opened.fds)) == (device == "t-new", queues)
+                with pytest.raises(ShimError, match=f"device: tap {device} is in use"):
+                    open_tap(device, queues)
+        with pytest.raises(ShimError, match="t-one has a single queue"):
+            open_tap("t-one", 2)
+        with pytest.raises(ShimError, match="nic exists and is not a tap"):
+            open_tap("nic")
+
+
+def test_a_disabled_queue_of_another_is_in_use_too(multi_queue_tap: str) -> None:
+    with open_tap(multi_queue_tap) as opened:
+        fcntl.ioctl(opened.fds[0], TUNSETQUEUE, struct.pack("16sH22x", b"", IFF_DETACH_QUEUE))
+        with pytest.raises(ShimError, match=f"device: tap {multi_queue_tap} is in use"):
+            open_tap(multi_queue_tap)
+
+
+@contextmanager
+def descriptors_below(number: int) -> Iterator[None]:
+    """Let this process open no descriptor from `number` on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_out_of_descriptors() -> None:
+    free = os.dup(0)
+    os.close(free)
+    descriptors = os.listdir("/proc/self/fd")
+    refused = []
+    for limit in range(free, free + 100):
+        try:
+            with descriptors_below(limit), open_tap("t-new", 3):
+                break
+        except ShimError as error:
+            refused.append((error.code, error.message.rpartition(": ")[2], exists("t-new")))
+    assert len(refused) >= 4, "rtnetlink's and one for each queue"
+    assert set(refused) == {("resource-exhausted", "Too many open files", False)}
+    assert os.listdir("/proc/self/fd") == descriptors
 
 
 def test_vhost_is_used_where_the_host_has_it() -> None:
