@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from kata_shim import log
 from kata_shim.errors import ShimError, invalid
-from kata_shim.guest.pci import interface_at
+from kata_shim.guest.pci import interface_at, is_at
 from kata_shim.netconf import address, link, route
 from kata_shim.netconf.link import Link, Monitor
 from kata_shim.netconf.netlink import KernelError, Netlink
@@ -28,6 +28,7 @@ class Interfaces:
         self._netlink = netlink
         self._monitor = monitor
         self._naming = asyncio.Lock()
+        self._waiting: dict[str, asyncio.Task[object] | None] = {}  # by hardware address
         self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # by index
 
     async def update(self, wanted: types_pb2.Interface) -> types_pb2.Interface:
@@ -74,23 +75,33 @@ class Interfaces:
         return list(interfaces.values())
 
     async def _appear(self, path: str, mac: str) -> tuple[Link, bool]:
-        """Wait for the interface with this address at this PCI path; say whether it is new."""
+        """Wait for the interface with this address at this PCI path; say whether it is new.
+
+        The latest to wait for an address is the only one: those before have callers who gave up.
+        """
         if not mac:
             raise invalid("hwAddr: missing, with a devicePath it is needed")
-        with self._monitor.watch(mac) as events:
-            if found := await self._look(path, mac):
-                return found, False
-            try:
+        if before := self._waiting.get(mac):
+            before.cancel()
+        self._waiting[mac] = mine = asyncio.current_task()
+        try:
+            with self._monitor.watch(mac) as events:
+                if found := await self._look(path, mac):
+                    return found, False
                 while True:
                     event = await events.get()
-                    if event is not None and interface_at(path) == event.name:
-                        return event, not event.up
+                    # It may have had to make room for another since then.
+                    if event is not None and is_at(name := link.name_of(event.index), path):
+                        return replace(event, name=name), True
                     if event is None and (found := await self._look(path, mac)):
                         return found, False
-            except asyncio.CancelledError:
-                # The server's timeout cancels; this says more than that it took too long.
-                message = f"no network interface {mac} appeared at PCI path {path}"
-                raise ShimError("deadline-exceeded", message) from None
+        except asyncio.CancelledError:
+            # The server's timeout cancels; this says more than that it took too long.
+            message = f"no network interface {mac} appeared at PCI path {path}"
+            raise ShimError("deadline-exceeded", message) from None
+        finally:
+            if self._waiting.get(mac) is mine:
+                del self._waiting[mac]
 
     async def _look(self, path: str, mac: str) -> Link | None:
         name = interface_at(path)

@@ -9,6 +9,7 @@ from kata_shim.errors import ShimError, invalid
 
 _DEVICES = "/sys/bus/pci/devices"
 _ROOT_BUS = "0000:00"
+_DEVICE = re.compile(r"/[0-9a-f]{4}:[0-9a-f]{2}:([0-9a-f]{2}\.[0-7])(?=/)")
 _STEP = re.compile(r"([0-9a-f]{2})(?:\.([0-7]))?")
 
 
@@ -21,17 +22,33 @@ def interface_at(path: str) -> str:
     """
     device = ""
     for step in path.split("/"):
-        match = _STEP.fullmatch(step)
-        if match is None:
-            raise invalid(f"devicePath: {path} is not slot[.function]/slot[.function]/… in hex")
+        function = _function(step, path)
         try:
             bus = _bus_behind(device) if device else _ROOT_BUS
         except FileNotFoundError:
             return ""
         if not bus:
             raise ShimError("failed-precondition", f"devicePath: {path}: PCI device {device} is not a bridge")
-        device = f"{bus}:{match[1]}.{match[2] or 0}"
+        device = f"{bus}:{function}"
     return _interface_of(f"{_DEVICES}/{device}")
+
+
+def is_at(name: str, path: str) -> bool:
+    """Whether the interface of that name is at `path`; False when it has gone. Raises as `interface_at`."""
+    try:
+        # …/pci0000:00/0000:00:01.0/0000:01:00.0/virtio5/net/eth0
+        devices = _DEVICE.findall(os.readlink(f"/sys/class/net/{name}"))
+    except OSError:
+        return False
+    return devices == [_function(step, path) for step in path.split("/")]
+
+
+def _function(step: str, path: str) -> str:
+    """Return a step of `path` as sysfs spells it: slot.function."""
+    match = _STEP.fullmatch(step)
+    if match is None:
+        raise invalid(f"devicePath: {path} is not slot[.function]/slot[.function]/… in hex")
+    return f"{match[1]}.{match[2] or 0}"
 
 
 def _bus_behind(bridge: str) -> str:

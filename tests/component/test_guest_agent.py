@@ -15,7 +15,7 @@ import pytest
 
 from kata_shim import __version__
 from kata_shim.errors import ShimError
-from kata_shim.guest.pci import interface_at
+from kata_shim.guest.pci import interface_at, is_at
 from kata_shim.protos.agent_pb2 import (
     AddARPNeighborsRequest,
     ARPNeighbors,
@@ -190,6 +190,8 @@ class TestPciPath:
     def test_nothing_there(self) -> None:
         assert interface_at("1f.7") == ""
         assert interface_at("1f.7/00") == ""
+        assert not is_at("lo", "1f.7/00")
+        assert not is_at("gone", "1f.7/00")
 
     @pytest.mark.parametrize("path", ["", "1", "01/", "01.8", "zz", "01/00/", "../00"])
     def test_wrong(self, path: str) -> None:

@@ -117,4 +117,22 @@ class TestVirtioPort:
         assert time.monotonic() - began < SOON
         monitor.close()
         netlink.close()
+
+    async def test_the_latest_to_wait_for_an_interface_is_the_only_one(self, ours: socket.socket) -> None:
+        netlink, monitor = Netlink(), Monitor()
+        interfaces = Agent(netlink, monitor, None).interfaces  # type: ignore[arg-type]
+        wanted = Interface(hwAddr=MAC, devicePath="1f.7/00")
+        waiting = []
+        for _ in range(3):
+            waiting.append(asyncio.create_task(interfaces.update(wanted)))
+            await asyncio.sleep(0)
+        async with asyncio.timeout(SOON):
+            await asyncio.wait(waiting[:2])
+        assert not waiting[2].done()
+        waiting[2].cancel()
+        for one in waiting:
+            with pytest.raises(ShimError, match="no network interface"):
+                await one
+        monitor.close()
+        netlink.close()
         await asyncio.sleep(0)

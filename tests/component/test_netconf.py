@@ -124,8 +124,8 @@ class TestMonitor:
         monitor._socket.setsockopt(1, 8, 1)  # SOL_SOCKET, SO_RCVBUF: the least the kernel allows
         try:
             with monitor.watch("02:42:20:6f:a3:07") as events:
-                for i in range(20):
-                    ip(f"link set peer mtu {1000 + i}")
+                for i in range(5):
+                    ip(f"link add many{i} type veth peer name others{i}")
                 async with asyncio.timeout(SOON):
                     assert await events.get() is None
         finally:
