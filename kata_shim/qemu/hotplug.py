@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kata_shim.errors import ShimError
 from kata_shim.qemu.devices import ClientSocket, Device, Netdev, tap_netdev, vhost_user_netdev, virtio_net
@@ -99,16 +99,15 @@ async def plug_nic(
 
 
 async def keep_plugged(
-    monitor: Monitor, slot: Slot, mac: str, queues: int, finding: Coroutine[Any, Any, T], *, msix: bool = True
+    monitor: Monitor, slot: Slot, mac: str, queues: int, found: asyncio.Task[T], *, msix: bool = True
 ) -> T:
-    """Await `finding`, which ends when the guest has found the new card in `slot`; return what it does.
+    """Await `found`, which ends when the guest has found the new card in `slot`; return what it does.
 
     A card that the guest takes away meanwhile is plugged in again. A guest that is to let go of several
     devices is told so more than once (every ACPI hotplug event repeats what is still to be ejected:
     docs/specs/acpi_pci_hotplug.rst) and may eject what was plugged in since. That comes before it looks for
-    the new card, so one that it has found stays. Raises as Monitor.execute and `finding`.
+    the new card, so one that it has found stays. Raises as Monitor.execute and `found`.
     """
-    found = asyncio.create_task(finding)
     guarding = asyncio.create_task(_plug_again(monitor, slot, mac, queues, msix))
     try:
         await asyncio.wait((found, guarding), return_when=asyncio.FIRST_COMPLETED)
@@ -116,9 +115,8 @@ async def keep_plugged(
             guarding.result()
         return found.result()
     finally:
-        found.cancel()
         guarding.cancel()
-        await asyncio.wait((found, guarding))
+        await asyncio.wait((guarding,))
 
 
 async def unplug_nic(monitor: Monitor, slot: Slot, *, timeout: float = UNPLUG_TIMEOUT) -> None:

@@ -24,7 +24,7 @@ from kata_shim.netconf.netlink import Netlink
 from kata_shim.qemu import accelerator, cmdline, hotplug, tap, vhost_user
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
-from kata_shim.qemu.process import Process, last_log_line, spawn
+from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.topology import Slot, Topology
 from kata_shim.sandbox.preconditions import kernel_params
 
@@ -89,7 +89,7 @@ class Machine:
             await self._connect(cid, hypervisor.agent_timeout)
             await step("booting the guest")
             await self._open_agent(hypervisor.agent_timeout)
-            await self.agent.create_sandbox(name)
+            await together(self.agent.create_sandbox(name), self.agent.set_time(), self.agent.reseed())
         except BaseException:
             await self.kill()
             raise
@@ -100,6 +100,7 @@ class Machine:
         A guest that does not answer now may do so later: whoever needs it then opens the channel.
         """
         self.process = Process.attach(pid, start_time)
+        join_network_namespace(pid)
         await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
         try:
             await self._open_agent(REATTACH_TIMEOUT)
@@ -112,6 +113,9 @@ class Machine:
         """End QEMU and everything held of it; what is dead already stays dead."""
         if hasattr(self, "process"):
             await self.process.kill()
+        if self._watcher is not None:
+            # Whoever waits for QEMU hears its cause, not that we closed the channels.
+            await asyncio.wait((self._watcher,), timeout=END_TIMEOUT)
         await self.close()
 
     async def close(self) -> None:
@@ -151,13 +155,10 @@ class Machine:
 
     async def plug(self, interface: Interface, slot: Slot) -> None:
         """Hot-plug the NIC, host and QEMU at the same time; `unplug` takes back what was done."""
-        try:
-            if interface.vhost_user_socket:
-                await self._plug_vhost_user(interface, slot)
-            else:
-                await self._plug_tap(interface, slot)
-        except ShimError as error:
-            raise await self.explain(error) from None
+        if interface.vhost_user_socket:
+            await self._plug_vhost_user(interface, slot)
+        else:
+            await self._plug_tap(interface, slot)
 
     async def _plug_tap(self, interface: Interface, slot: Slot) -> None:
         vhost = not self._hypervisor.disable_vhost_net
@@ -194,16 +195,23 @@ class Machine:
         except ShimError as error:
             raise await self.explain(error) from None
 
-    async def settle_in(self, interface: Interface, slot: Slot) -> None:
-        """Have the guest find the NIC that was just plugged, and bring it to what `interface` says."""
-        msix = await self._msix(interface)
-        queues = interface.queue_pairs
+    async def introduce(self, interface: Interface, slot: Slot) -> None:
+        """Hot-plug the NIC, and have the guest find it and bring it to what `interface` says.
+
+        The guest is asked first: its agent is to wait for the NIC already when its kernel is busy with it.
+        """
+        found = asyncio.create_task(self.configure(interface, slot))
         try:
+            await self.plug(interface, slot)
+            msix = await self._msix(interface)
             await hotplug.keep_plugged(
-                self.monitor, slot, interface.hw_addr, queues, self.configure(interface, slot), msix=msix
+                self.monitor, slot, interface.hw_addr, interface.queue_pairs, found, msix=msix
             )
         except ShimError as error:
             raise await self.explain(error) from None
+        finally:
+            found.cancel()
+            await asyncio.gather(found, return_exceptions=True)
 
     async def configure(self, interface: Interface, slot: Slot) -> None:
         """Have the guest bring the NIC to what `interface` says; waits for the NIC to appear."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from kata_shim.errors import ShimError
 from kata_shim.netconf import link
-from kata_shim.qemu import tap
+from kata_shim.qemu import hotplug, tap
 from kata_shim.qemu.monitor import CommandError
 from tests.live import Live
 
@@ -206,7 +206,10 @@ async def qemu_silent(step: Step) -> Any:
 async def ejected(step: Step) -> Any:
     """The guest ejects the card of the NIC that is being added, before it has looked at it."""
     monitor = step.live.monitor
-    device = "nic-" + step.live.sandbox.record.nics[-1].slot.path.replace("/", "-")
+    slot = step.live.sandbox.record.nics[-1].slot
+    device = hotplug.NicNames(slot).device
+    while not await hotplug.nic_present(monitor, slot):
+        pass  # the guest's agent is asked before the card is plugged
     async with monitor.events("DEVICE_DELETED") as events:
         await type(monitor).execute(monitor, "device_del", {"id": device})
         await events.next()
