@@ -186,19 +186,23 @@ class Monitor:
         finally:
             ending.cancel()
             lost.cancel()
-            why = await self._disconnect()
-            if self._ending.is_set():
-                cause = "QEMU's monitor: the connection was closed by us"
-            else:
-                cause = _with_cause(why, self._explain)
-            self.closed.set_result(ShimError("unavailable", cause))
+            cause = "QEMU's monitor: the connection has ended"
+            try:
+                cause = await self._disconnect()
+                if self._ending.is_set():
+                    cause = "QEMU's monitor: the connection was closed by us"
+                else:
+                    cause = _with_cause(cause, self._explain)
+            finally:
+                # Whatever went wrong here: everyone who waits for an answer waits for this.
+                self.closed.set_result(ShimError("unavailable", cause))
 
     async def _disconnect(self) -> str:
         try:
             await self._client.disconnect()
         except EOFError:
             pass
-        except (OSError, ValueError, QMPError) as error:
+        except Exception as error:  # also what reading its answers raised: RecursionError, for one
             return f"QEMU's monitor broke off: {_first_line(error)}"
         return "QEMU has gone away"
 

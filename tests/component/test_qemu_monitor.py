@@ -146,7 +146,11 @@ async def test_garbage_for_a_greeting_is_one_clear_error(tmp_path: Path, said: b
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("said", [b"garbage\n", b'{"error": {"class": "X", "desc": "y"}}\n', b"[1]\n"])
+@pytest.mark.parametrize(
+    "said",
+    [b"garbage\n", b'{"error": {"class": "X", "desc": "y"}}\n', b"[1]\n", b"[" * 50_000 + b"\n"],
+    ids=["no JSON", "an error of nobody's", "no object", "too deep"],
+)
 async def test_garbage_later_ends_every_wait(tmp_path: Path, said: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(GREETING)
@@ -163,6 +167,20 @@ async def test_garbage_later_ends_every_wait(tmp_path: Path, said: bytes) -> Non
             await monitor.execute("query-status")
         assert "\n" not in caught.value.message
         await monitor.close()
+
+
+async def test_a_cause_that_cannot_be_told_ends_every_wait_too(tmp_path: Path) -> None:
+    def explain() -> str:
+        raise LookupError("no words")
+
+    async with machine(tmp_path) as vm:
+        await vm.monitor.close()
+        vm.monitor = await Monitor.connect(vm.qmp, explain=explain)
+        await vm.process.kill()
+        with pytest.raises(ShimError, match="QEMU has gone away"):
+            await vm.monitor.execute("query-status")
+        with pytest.raises(LookupError):
+            await vm.monitor._watcher
 
 
 async def test_a_malformed_reply_fails_only_its_caller(tmp_path: Path) -> None:
