@@ -49,7 +49,8 @@ class Process:
     async def kill(self) -> None:
         """Send SIGKILL and wait until the process has ended; one that has ended already is fine."""
         if not self.exited.done():
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended, and the loop has not told us yet
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         await asyncio.shield(self.exited)
 
     def close(self) -> None:

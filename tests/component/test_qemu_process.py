@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,37 @@ def grandchild() -> int:
 async def test_attaching_to_what_is_no_child_of_ours(tmp_path: Path) -> None:
     pid = grandchild()
     process = Process.attach(pid, read_start_time(pid))
+    assert not process.exited.done()
+    await process.kill()
+    assert process.exited.result() is None
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen(["/bin/sleep", "60"])
+print(child.pid, flush=True)
+sys.stdin.readline()
+child.kill()
+print(child.wait(), flush=True)
+"""
+
+
+@pytest.fixture
+def parent() -> Iterator[subprocess.Popen[str]]:
+    """A process that tells its child's pid, and for a line kills it and tells how it ended."""
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        yield parent
+
+
+async def test_killing_what_is_no_child_of_ours_and_has_just_ended(parent: subprocess.Popen[str]) -> None:
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    process = Process.attach(pid, read_start_time(pid))
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    assert parent.stdout.readline() == "-9\n"
     assert not process.exited.done()
     await process.kill()
     assert process.exited.result() is None
