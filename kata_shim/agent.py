@@ -24,12 +24,14 @@ from kata_shim.contract.route import DEFAULT, Route, RouteMatch
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2, guest_pb2, types_pb2
 from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, SERVICES
+from kata_shim.quoting import quoted
 from kata_shim.ttrpc.client import Client
 
 VSOCK_PORT = 1024  # the Kata agent's
 VSOCK_RETRY = 0.02  # seconds
 VSOCK_RESERVED = 1023  # LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c
 CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
+MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 times as many
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
 SEED_BYTES = 64
 _CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
@@ -50,17 +52,27 @@ class Agent:
         self._address = address
         self._explain = explain
         self._client: Client | None = None
+        self._stock_changing = asyncio.Lock()
         self._stock = False  # the Kata project's own agent, found out by the first call it lacks
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[Client] | None = None
 
     async def open(self, timeout: float) -> None:
-        """Wait until the agent answers; raises ShimError `unavailable` or `deadline-exceeded`."""
-        async with self._opening:
-            if self._client is None or self._client.cause is not None:
-                self._client = await _connect(self._address, timeout)
+        """Wait until the agent answers; raises ShimError `unavailable` or `deadline-exceeded`.
+
+        Callers that come while the channel is being opened wait for the same attempt.
+        """
+        if self._client is None or self._client.cause is not None:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(_connect(self._address, timeout))
+            self._client = await asyncio.shield(self._opening)
 
     async def close(self) -> None:
         """Close the channel; calls in flight end with `unavailable`."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait((self._opening,))
+            if not self._opening.cancelled() and self._opening.exception() is None:
+                self._client = self._opening.result()
         if self._client is not None:
             self._client.close()
             await self._client.wait_closed()
@@ -69,10 +81,6 @@ class Agent:
         """Tell the guest whose sandbox it is: hostname and id."""
         request = agent_pb2.CreateSandboxRequest(hostname=sandbox_id, sandbox_id=sandbox_id)
         await self._call(AGENT_SERVICE, "CreateSandbox", request)
-
-    async def destroy_sandbox(self, timeout: float) -> None:
-        """Let the guest flush what it has and power off."""
-        await self._call(AGENT_SERVICE, "DestroySandbox", agent_pb2.DestroySandboxRequest(), timeout)
 
     async def set_time(self) -> None:
         """Set the guest's clock to the host's."""
@@ -89,12 +97,6 @@ class Agent:
         """Wait for the NIC at PCI path `path` and bring it to what `interface` says."""
         request = agent_pb2.UpdateInterfaceRequest(interface=_to_interface(interface, path))
         await self._call(AGENT_SERVICE, "UpdateInterface", request, timeout)
-
-    async def list_macs(self) -> set[str]:
-        """Return the hardware addresses of the guest's interfaces."""
-        request = agent_pb2.ListInterfacesRequest()
-        answer = _as(await self._call(AGENT_SERVICE, "ListInterfaces", request), agent_pb2.Interfaces)
-        return {interface.hwAddr for interface in answer.Interfaces}
 
     async def add_route(self, route: Route) -> None:
         """Add one route; a route that is there already is an error, in the kernel's words."""
@@ -143,15 +145,17 @@ class Agent:
         return sorted(routes, key=lambda route: route.family)
 
     async def _stock_add_route(self, route: Route) -> None:
-        routes = await self._stock_list_routes()
-        if route.key in (other.key for other in routes):
-            raise ShimError("already-exists", f"route {route.dest} dev {route.device}: File exists")
-        await self.update_routes([*routes, route])
+        async with self._stock_changing:
+            routes = await self._stock_list_routes()
+            if route.key in (other.key for other in routes):
+                raise ShimError("already-exists", f"route {route.dest} dev {route.device}: File exists")
+            await self.update_routes([*routes, route])
 
     async def _stock_delete_routes(self, match: RouteMatch) -> list[Route]:
-        before = await self._stock_list_routes()
-        await self.update_routes([route for route in before if not match.matches(route)])
-        left = {route.key for route in await self._stock_list_routes()}
+        async with self._stock_changing:
+            before = await self._stock_list_routes()
+            await self.update_routes([route for route in before if not match.matches(route)])
+            left = {route.key for route in await self._stock_list_routes()}
         return [route for route in before if route.key not in left]
 
     async def run(
@@ -176,7 +180,7 @@ class Agent:
             command = await starting
             kill = guest_pb2.KillCommandRequest(command_id=command, signal=signal.SIGKILL)
             await self._call(GUEST_SERVICE, "KillCommand", kill)
-            await self._wait(command)
+            await self._wait(command, CALL_TIMEOUT)
             raise
 
     async def _start(self, request: guest_pb2.StartCommandRequest) -> int:
@@ -202,9 +206,9 @@ class Agent:
                 feed.cancel()
         return await self._wait(command)
 
-    async def _wait(self, command: int) -> int:
+    async def _wait(self, command: int, timeout: float | None = None) -> int:
         request = guest_pb2.WaitCommandRequest(command_id=command)
-        answer = await self._call(GUEST_SERVICE, "WaitCommand", request, None)
+        answer = await self._call(GUEST_SERVICE, "WaitCommand", request, timeout)
         return _as(answer, guest_pb2.WaitCommandResponse).status & 0xFF
 
     async def _drain(self, command: int, stream: guest_pb2.Stream, name: str, output: Output) -> None:
@@ -246,10 +250,10 @@ class Agent:
 
 async def _connect(address: Address, timeout: float) -> Client:
     if isinstance(address, int):
-        client = Client(name=f"the agent at vsock {address}:{VSOCK_PORT}")
+        client = Client(name=f"the agent at vsock {address}:{VSOCK_PORT}", max_answer=MAX_ANSWER)
         await _connect_vsock(client, address, timeout)
         return client
-    client = await Client.connect(address, link=True, name="the agent's channel")
+    client = await Client.connect(address, link=True, name="the agent's channel", max_answer=MAX_ANSWER)
     try:
         await client.open(timeout)
     except BaseException:
@@ -343,15 +347,18 @@ def _from_routes(routes: agent_pb2.Routes) -> list[Route]:
     found = []
     for route in routes.Routes:
         family = AF_INET6 if route.family == types_pb2.v6 else AF_INET
-        dest = route.dest or DEFAULT
+        dest, gateway = route.dest or DEFAULT, route.gateway
         try:
+            if "%" in dest + gateway:
+                raise ValueError("an address with a scope")
             if dest != DEFAULT:
-                ip_network(dest)
-            if route.gateway:
-                ip_address(route.gateway)
+                dest = str(ip_network(dest))
+            if gateway:
+                gateway = str(ip_address(gateway))
         except ValueError as error:
-            raise ShimError("data-loss", f"the guest lists a route that is none: {error}") from None
+            text = f"the guest lists a route that is none: {quoted(str(error))}"
+            raise ShimError("data-loss", text) from None
         if len(route.device) > IFNAME_MOST or not route.device.isprintable():
             raise ShimError("data-loss", "the guest lists a route through a device whose name is none")
-        found.append(Route(dest, route.gateway, route.device, family))
+        found.append(Route(dest, gateway, route.device, family))
     return found

@@ -68,8 +68,8 @@ def list_ids(root: str) -> list[str]:
     return sorted(name for name in names if is_id(name))
 
 
-def claim(root: str, sandbox_id: str) -> None:
-    """Make the directory of a new sandbox, mode 0700, which makes the id the caller's.
+def claim(root: str, sandbox_id: str) -> os.stat_result:
+    """Make the directory of a new sandbox, mode 0700, which makes the id the caller's; return what it is.
 
     Raises ShimError: `invalid-argument` for what is no id, `already-exists` where another has it.
     """
@@ -82,6 +82,7 @@ def claim(root: str, sandbox_id: str) -> None:
         os.mkdir(sandbox_directory(root, sandbox_id), 0o700)
     except FileExistsError:
         raise ShimError("already-exists", f"id: {sandbox_id} is in use") from None
+    return os.stat(sandbox_directory(root, sandbox_id))
 
 
 def remove(root: str, sandbox_id: str) -> None:

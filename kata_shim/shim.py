@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N ID
 Started by kata-runtime, not by hand: `serve` answers on an inherited listening socket, `check` prints what
 this host offers as one JSON object.
 """
+TROUBLE_TIMEOUT = 1.0  # seconds in which callers hear why the sandbox could not be taken over
 START_TIMEOUT = 30.0  # seconds; a shim that nobody asks for anything leaves nothing behind
 
 
@@ -33,16 +35,29 @@ async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
     """Serve one sandbox until it is gone: a new one, or the one whose record stands in its directory."""
     sandbox = Sandbox(root, sandbox_id)
     server = Server(methods(sandbox))
+    told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, sandbox.gone.set)
+        asyncio.get_running_loop().add_signal_handler(number, told_to_stop.set)
     await server.listen(listener)
-    if sandbox.has_lived:
-        await sandbox.reattach()
-    else:
-        await sandbox.abandon_unless_asked(START_TIMEOUT)
-    await sandbox.gone.wait()
-    await server.close()
+    ends = [asyncio.ensure_future(end) for end in (_live(sandbox), told_to_stop.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    # The socket is closed last: as long as it is there nobody starts another shim, to which this one's
+    # operations, and its hold on QEMU's monitor, would be unknown.
+    await server.finish()
     await sandbox.close()
+    await server.close()
+    for end in ends:
+        end.cancel()
+
+
+async def _live(sandbox: Sandbox) -> None:
+    """Return when there is nothing more to serve."""
+    if not sandbox.has_lived:
+        await sandbox.abandon_unless_asked(START_TIMEOUT)
+    elif not await sandbox.reattach():
+        await asyncio.wait((asyncio.ensure_future(sandbox.gone.wait()),), timeout=TROUBLE_TIMEOUT)
+        return
+    await sandbox.gone.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +94,9 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
     os.chdir("/")
+    # QEMU inherits it: each queue of a NIC takes a descriptor or two.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log.setup(sandbox_id)
     listener = socket.socket(fileno=listen_fd)
     os.set_inheritable(listen_fd, False)

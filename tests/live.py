@@ -175,8 +175,9 @@ async def live(root: Path, sandbox_id: str, config: Path) -> AsyncIterator[Live]
     finally:
         if not sandbox.gone.is_set():
             await sandbox.delete(force=True)
-        await server.close()
+        await server.finish()
         await sandbox.close()
+        await server.close()
         shutil.rmtree(sandbox.directory, ignore_errors=True)
     others = asyncio.all_tasks() - {asyncio.current_task()}
     assert not others, f"left running: {others}"

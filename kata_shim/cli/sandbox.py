@@ -32,14 +32,14 @@ def run(arguments: Arguments) -> int:
     root, sandbox_id = arguments.root, arguments.words[0]
     config = os.path.abspath(arguments.last("--config")) if arguments.has("--config") else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    client.claim(root, sandbox_id)
+    claimed = client.claim(root, sandbox_id)
     line = ProgressLine()
     try:
         connection = client.connect(root, sandbox_id, line.say)
         connection.call("sandbox.start", _dump({"config": config}), line.show)
     except BaseException:
         line.clear()
-        _discard(root, sandbox_id)
+        _discard(root, sandbox_id, claimed)
         raise
     line.clear()
     if arguments.has("--detach"):
@@ -50,7 +50,7 @@ def run(arguments: Arguments) -> int:
     except client.CancelledError:
         pass
     finally:
-        _discard(root, sandbox_id)
+        _discard(root, sandbox_id, claimed)
     if cause:
         say(f"{sandbox_id} has stopped: {cause}")
     return 1 if cause else 0
@@ -146,10 +146,11 @@ def _described(sandbox_id: str, answer: Any) -> dict[str, Any]:
     return described | {key: value for key, value in values.items() if key not in described}
 
 
-def _discard(root: str, sandbox_id: str) -> None:
-    """Delete a sandbox whatever its state, by its shim where there is one or something that needs one.
+def _discard(root: str, sandbox_id: str, claimed: os.stat_result) -> None:
+    """Delete our sandbox whatever its state, by its shim where there is one or something that needs one.
 
-    Signals wait meanwhile. What could not be deleted is said, not raised: the caller has a cause of its own.
+    One that has gone may have been followed by somebody else's of the same id, which is let alone. Signals
+    wait meanwhile. What could not be deleted is said, not raised: the caller has a cause of its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -158,17 +159,28 @@ def _discard(root: str, sandbox_id: str) -> None:
     cause: Exception | None = None
     # Twice: a QEMU that is just being started has the socket of a shim that dies then open for a moment.
     for _ in range(2):
+        if not _is_still(directory, claimed):
+            return
         recorded = os.path.lexists(f"{directory}/record.json")
         try:
             client.connect(root, sandbox_id, say, revive=recorded).call("sandbox.delete", force)
             return
         except (ShimError, OSError) as error:
             cause = error
+    if not _is_still(directory, claimed):
+        return
     try:
         client.remove(root, sandbox_id)
     except ShimError as remaining:
         say(f"{cause}")
         say(f"{remaining}; `kata-runtime delete --force {sandbox_id}` tries again")
+
+
+def _is_still(directory: str, claimed: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(directory), claimed)
+    except FileNotFoundError:
+        return False
 
 
 def _dump(value: object) -> bytes:

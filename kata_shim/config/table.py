@@ -185,7 +185,7 @@ class Netmon:
 class Runtime:
     """[runtime]"""
 
-    enable_debug: bool = setting(False)
+    enable_debug: bool = setting(False, acted=True)
     enable_cpu_memory_hotplug: bool = setting(False)
     internetworking_model: str = setting("tcfilter", one_of("macvtap", "tcfilter", "bridged", "none"))
     disable_guest_seccomp: bool = setting(True)

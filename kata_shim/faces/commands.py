@@ -59,7 +59,7 @@ class _Commands:
         return self._sandbox.state()
 
     async def state(self, call: Call) -> object:
-        await self._sandbox.ready()
+        await self._sandbox.known()
         return self._sandbox.state()
 
     async def wait(self, call: Call) -> object:

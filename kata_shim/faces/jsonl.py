@@ -228,20 +228,24 @@ class Server:
             lambda: asyncio.StreamReaderProtocol(Reader(), self._accept), sock=listener
         )
 
-    async def close(self) -> None:
-        """Stop accepting, let the answers that are due go out, and close every connection."""
-        if self._server is not None:
-            self._server.close()
+    async def finish(self) -> None:
+        """Let the answers that are due go out, for CLOSE_TIMEOUT seconds at the most."""
         due = [task for connection in self._connections.values() for task in connection.tasks]
         if due:
             await asyncio.wait(due, timeout=CLOSE_TIMEOUT)
+
+    async def close(self) -> None:
+        """Stop accepting and close every connection, whatever its requests still do."""
+        if self._server is not None:
+            self._server.close()
         for task in self._connections:
             task.cancel()
         if self._connections:
             await asyncio.wait(self._connections, timeout=CLOSE_TIMEOUT)
         for connection in self._connections.values():
             connection.abort()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=CLOSE_TIMEOUT)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert isinstance(reader, Reader)

@@ -6,6 +6,7 @@ References: pidfd_open(2), setpriv(1), proc(5) (`/proc/PID/stat`, field 22: the 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from kata_shim.errors import ShimError
 
 # QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors.
 SETPRIV = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
+CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 LAST_WORDS_BYTES = 4096
 
 
@@ -43,7 +45,7 @@ class Process:
             raise ShimError("not-found", f"process {pid} is gone: {error.strerror}") from error
         if read_start_time(pid) != start_time:
             os.close(pidfd)
-            raise ShimError("not-found", f"process {pid} is gone: its pid belongs to another")
+            raise ShimError("not-found", f"process {pid} is gone: it has ended, or its pid is another's")
         return cls(pid, start_time, pidfd)
 
     async def kill(self) -> None:
@@ -113,13 +115,14 @@ def spawn(
 
 
 def read_start_time(pid: int) -> int:
-    """Return when a process started, in clock ticks after boot; 0 when there is none of that pid."""
+    """Return when a process started, in clock ticks after boot; 0 when there is none, or only its zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     # The command's name stands in parentheses and may hold anything, also spaces and parentheses.
-    return int(stat.rpartition(")")[2].split()[19])
+    fields = stat.rpartition(")")[2].split()
+    return 0 if fields[0] in "ZX" else int(fields[19])
 
 
 def last_log_line(log: Path) -> str:
@@ -152,3 +155,18 @@ def _writes_to(process: Path, logs: Sequence[Path]) -> bool:
             if (process / "fd/1").samefile(log):
                 return True
     return False
+
+
+def join_network_namespace(pid: int) -> None:
+    """Move this thread into the network namespace of process `pid`, where its taps are (setns(2)).
+
+    Raises ShimError `permission-denied` in the kernel's words.
+    """
+    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # os.setns came with Python 3.12.
+        if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
+            words = os.strerror(ctypes.get_errno())
+            raise ShimError("permission-denied", f"the network namespace of process {pid}: {words}")
+    finally:
+        os.close(namespace)

@@ -11,6 +11,7 @@ from kata_shim.errors import ShimError
 from kata_shim.qemu import accelerator
 from kata_shim.sandbox import preconditions
 
+VERSION_TIMEOUT = 5.0  # seconds
 DEVICES = {
     "tun": "/dev/net/tun",
     "kvm": "/dev/kvm",
@@ -42,6 +43,8 @@ async def check(root: Path, config: str) -> dict[str, object]:
         found["ok"] = True
     except ShimError as error:
         problems.append(error.message)
+    except OSError as error:
+        problems.append(f"{error.filename or 'the host'}: {error.strerror}")
     return {**found, "problems": problems}
 
 
@@ -57,5 +60,11 @@ async def _qemu_version(path: str) -> str:
     process = await asyncio.create_subprocess_exec(
         path, "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )
-    output, _ = await process.communicate()
+    try:
+        async with asyncio.timeout(VERSION_TIMEOUT):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise ShimError("failed-precondition", f"path: {path} does not tell its version") from None
     return output.decode(errors="replace").partition("\n")[0]

@@ -19,9 +19,6 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "exec": frozenset({"running"}),
     "network": frozenset({"running"}),
     "delete": frozenset(STATES),
-    "state": frozenset(STATES),
-    "wait": frozenset(STATES),
-    "watch": frozenset(STATES),
 }
 
 

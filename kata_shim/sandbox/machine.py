@@ -24,7 +24,7 @@ from kata_shim.netconf.netlink import Netlink
 from kata_shim.qemu import accelerator, cmdline, hotplug, tap, vhost_user
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
-from kata_shim.qemu.process import Process, last_log_line, spawn
+from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.topology import Slot, Topology
 from kata_shim.sandbox.preconditions import kernel_params
 
@@ -89,7 +89,7 @@ class Machine:
             await self._connect(cid, hypervisor.agent_timeout)
             await step("booting the guest")
             await self._open_agent(hypervisor.agent_timeout)
-            await self.agent.create_sandbox(name)
+            await together(self.agent.create_sandbox(name), self.agent.set_time(), self.agent.reseed())
         except BaseException:
             await self.kill()
             raise
@@ -100,6 +100,7 @@ class Machine:
         A guest that does not answer now may do so later: whoever needs it then opens the channel.
         """
         self.process = Process.attach(pid, start_time)
+        join_network_namespace(pid)
         await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
         try:
             await self._open_agent(REATTACH_TIMEOUT)
@@ -112,6 +113,9 @@ class Machine:
         """End QEMU and everything held of it; what is dead already stays dead."""
         if hasattr(self, "process"):
             await self.process.kill()
+        if self._watcher is not None:
+            # Whoever waits for QEMU hears its cause, not that we closed the channels.
+            await asyncio.wait((self._watcher,), timeout=END_TIMEOUT)
         await self.close()
 
     async def close(self) -> None:

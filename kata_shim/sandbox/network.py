@@ -18,6 +18,7 @@ from kata_shim.contract.fields import AF_INET6
 from kata_shim.contract.interface import Interface, render_failed_delete
 from kata_shim.contract.route import Route, RouteMatch
 from kata_shim.errors import ShimError, invalid
+from kata_shim.qemu.monitor import run_to_end
 from kata_shim.sandbox.devices import HostDevices
 from kata_shim.sandbox.machine import Machine
 from kata_shim.sandbox.record import Nic, Record, RecordFile
@@ -49,14 +50,14 @@ class Network:
 
     def interfaces(self) -> list[Interface]:
         """Return the NICs that are there, in the order they were added."""
-        return [nic.interface for nic in self._record.nics if nic.phase != "adding"]
+        return [nic.interface for nic in self._record.nics if nic.phase not in ("adding", "undoing")]
 
     async def add(self, interface: Interface) -> Nic:
         """Hot-plug a NIC and configure it in the guest; on any failure everything is as it was before."""
         _check_mtu(interface)
         async with self._names.hold(interface.name), AsyncExitStack() as undo:
             left = self._by_name(interface.name)
-            if left is not None and left.phase == "removing":
+            if left is not None and left.phase in ("removing", "undoing"):
                 await self._remove(left)  # an earlier attempt left it with the guest; it must go first
             nic = self._reserve(interface)
             undo.push_async_callback(self._take_back, nic)
@@ -129,12 +130,12 @@ class Network:
     async def add_route(self, route: Route) -> None:
         """Add one route in the guest, through a NIC of kata-network or lo."""
         self._need_device(route.device)
-        await self._machine.agent.add_route(route)
+        await run_to_end(self._machine.agent.add_route(route))
         self._announce("route-added", dest=route.dest, device=route.device)
 
     async def delete_routes(self, match: RouteMatch) -> list[Route]:
         """Delete every route that matches; raises ShimError `not-found` when none does."""
-        deleted = await self._machine.agent.delete_routes(match)
+        deleted = await run_to_end(self._machine.agent.delete_routes(match))
         if not deleted:
             given = (("dest", match.dest), ("gateway", match.gateway), ("device", match.device))
             said = ", ".join(f"{field} {value}" for field, value in given if value)
@@ -150,24 +151,31 @@ class Network:
         """Make the guest's routes, the kernel's own apart, exactly `routes`; return what is there then."""
         for route in routes:
             self._need_device(route.device)
-        await self._machine.agent.update_routes(routes)
+        updated = await run_to_end(self._machine.agent.update_routes(routes))
         self._announce("routes-updated", count=len(routes))
-        return await self._machine.agent.list_routes()
+        try:
+            return await self._machine.agent.list_routes()
+        except ShimError:
+            return updated  # done all the same
 
     async def reconcile(self) -> None:
         """After re-attach: take back what was being added or changed, finish what was being removed."""
-        for nic in list(self._record.nics):
-            if nic.phase == "updating":
-                await self._restore(nic, nic.interface)
-            if nic.phase == "present":
-                continue
-            log.info("clearing a NIC whose operation was cut", name=nic.interface.name, phase=nic.phase)
+        await asyncio.gather(*(self._mend(nic) for nic in self._record.nics))
+        self._devices.release_all_but({nic.interface.device for nic in self._record.nics})
+
+    async def _mend(self, nic: Nic) -> None:
+        if nic.phase == "present":
+            return
+        log.info("mending a NIC whose operation was cut", name=nic.interface.name, phase=nic.phase)
+        if nic.phase == "updating":
+            await self._restore(nic, nic.interface)
+        elif nic.phase == "removing":
             try:
                 await self._remove(nic)
             except ShimError as error:
-                nic.phase = "removing"
                 log.warning("a cut NIC stays", name=nic.interface.name, error=error.message)
-        self._devices.release_all_but({nic.interface.device for nic in self._record.nics})
+        else:
+            await self._take_back(nic)
 
     async def settle(self) -> None:
         """Wait for removals whose callers have gone."""
@@ -226,10 +234,13 @@ class Network:
         try:
             await self._remove(nic)
         except ShimError as error:
-            nic.phase = "removing"
+            nic.phase = "undoing"
             log.warning("a NIC could not be taken back", name=nic.interface.name, error=error.message)
 
     async def _restore(self, nic: Nic, before: Interface) -> None:
+        await run_to_end(self._set_back(nic, before))
+
+    async def _set_back(self, nic: Nic, before: Interface) -> None:
         nic.interface, nic.phase = before, "present"
         try:
             await self._machine.set_host_mtu(before)

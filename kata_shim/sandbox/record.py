@@ -23,8 +23,8 @@ from kata_shim.qemu.topology import Slot
 class Nic:
     """One NIC that add-iface added.
 
-    `phase`: `adding` (not whole yet; re-attach takes it back), `present`, `updating` (re-attach sets it back
-    to what stands here), `removing` (re-attach finishes it).
+    `phase`: `adding` (not whole yet) and `undoing` (the guest keeps what an add left): re-attach takes it
+    back; `present`; `updating`: re-attach sets it back to what stands here; `removing`: it is finished.
     """
 
     interface: Interface
@@ -43,7 +43,7 @@ class Record:
     id: str
     config: str  # the configuration.toml it was started with
     created: str  # RFC 3339, UTC
-    uuid: str  # QEMU's -uuid: finds the process when its pid was not written any more
+    uuid: str  # QEMU's -uuid; the guest's vsock context id is made from it
     state: str = "creating"
     cause: str = ""
     pid: int = 0
@@ -94,6 +94,13 @@ class RecordFile:
         self._lock = asyncio.Lock()
         self._wanted = 0
         self._written = 0
+        self._closed = False
+
+    async def close(self) -> None:
+        """Write no more, and wait for what is being written: the directory is about to go."""
+        self._closed = True
+        async with self._lock:
+            pass
 
     async def save(self) -> None:
         """Return once a version at least as new as this call is on disk.
@@ -104,7 +111,7 @@ class RecordFile:
         self._wanted += 1
         mine = self._wanted
         async with self._lock:
-            if self._written >= mine:
+            if self._written >= mine or self._closed:
                 return
             covered = self._wanted
             write = asyncio.ensure_future(self._write(orjson.dumps(self._render())))

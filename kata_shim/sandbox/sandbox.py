@@ -12,10 +12,10 @@ from pathlib import Path
 
 from kata_shim import log
 from kata_shim.agent import Input, Output
-from kata_shim.config import find_config
+from kata_shim.config import Config, find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
-from kata_shim.qemu.process import Process, find_by_log
+from kata_shim.qemu.process import Process, find_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
 from kata_shim.sandbox.lifecycle import Lifecycle
@@ -43,11 +43,14 @@ class Sandbox:
         self._accelerators = root / "accelerator.json"
         self._machine: Machine | None = None
         self._network: Network | None = None
+        self._trouble: ShimError | None = None  # why a QEMU that runs could not be taken over
+        self._starting = False
         self._asked = asyncio.Event()
         self._ready = asyncio.Event()
         self._stopped = asyncio.Event()
         self._watchers: set[asyncio.Queue[dict[str, object]]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clearing: asyncio.Task[None] | None = None
 
     # Life
 
@@ -62,9 +65,11 @@ class Sandbox:
         `config` is a path, "" for the usual places. On any failure, a cancelled caller's included, nothing is
         left: no process, no directory; then the shim has nothing to serve any more either.
         """
+        self.lifecycle.require("start")
         if self._asked.is_set():
-            raise ShimError("failed-precondition", f"sandbox {self.id} is {self.lifecycle.state} already")
+            raise ShimError("failed-precondition", f"sandbox {self.id} is starting already")
         self._asked.set()
+        self._starting = True
         try:
             return await self._start(config, step)
         except BaseException as error:
@@ -75,6 +80,7 @@ class Sandbox:
                 raise ShimError("internal", f"{where}: {error.strerror}") from None
             raise
         finally:
+            self._starting = False
             self._ready.set()
 
     async def _start(self, config: str, step: Step) -> list[str]:
@@ -83,8 +89,7 @@ class Sandbox:
         preconditions.check(settings)
         # A later shim must read what this one read, whatever becomes of the file.
         (self.directory / "configuration.toml").write_text(settings.text)
-        if settings.runtime.enable_debug or settings.hypervisor.enable_debug:
-            log.setup(self.id, debug=True)
+        self._set_up_log(settings)
         if settings.not_acted_on:
             log.warning("set, but without effect in this version", fields=", ".join(settings.not_acted_on))
         machine = self._machine = Machine(self.directory, settings, self._accelerators)
@@ -106,19 +111,39 @@ class Sandbox:
             warnings = [*warnings, f"{why}: QEMU emulates (TCG), which is slow"]
         return warnings
 
-    async def reattach(self) -> None:
-        """Take over what an earlier shim left; the record is brought to what is really there."""
+    def _set_up_log(self, settings: Config) -> None:
+        if settings.runtime.enable_debug or settings.hypervisor.enable_debug:
+            log.setup(self.id, debug=True)
+
+    async def reattach(self) -> bool:
+        """Take over what an earlier shim left; the record is brought to what is really there.
+
+        False when QEMU runs and cannot be reached now: whoever asks hears why, only a forced delete is taken,
+        and another shim has to try again.
+        """
         self._asked.set()
         try:
             await self._reattach()
-        except ShimError as error:
-            self._stop(error.message)
-            log.warning("cannot take the sandbox over", error=error.message)
+        except (ShimError, OSError) as error:
+            reason = error.message if isinstance(error, ShimError) else str(error)
+            log.warning("cannot take the sandbox over", error=reason)
+            if self._lives():
+                text = f"sandbox {self.id} runs and cannot be taken over now: {reason}"
+                self._trouble = ShimError("unavailable", text)
+                self.lifecycle.state, self.lifecycle.cause = "running", text
+            else:
+                self._stop(reason)
         finally:
             self._ready.set()
+        return self._trouble is None
+
+    def _lives(self) -> bool:
+        """Whether the QEMU that the record names is alive, whatever else is wrong."""
+        return self.record.pid > 0 and read_start_time(self.record.pid) == self.record.start_time
 
     async def _reattach(self) -> None:
         settings, _ = load_config(self.directory / "configuration.toml")
+        self._set_up_log(settings)
         machine = self._machine = Machine(self.directory, settings, self._accelerators)
         self.record = load(self.directory / "record.json", machine.topology.reserve)
         if self.record.state != "running":
@@ -166,7 +191,7 @@ class Sandbox:
         given up, whatever becomes of the caller.
         """
         if self._asked.is_set():
-            await self.ready()
+            await self._ready.wait()
         self.lifecycle.require("delete")
         if self.lifecycle.state == "deleting":
             await self.gone.wait()
@@ -177,13 +202,14 @@ class Sandbox:
                 f"sandbox {self.id} is running; stop it first, or delete it with --force",
             )
         self.lifecycle.state = "deleting"
-        task = self._spawn(self._clear())
-        await asyncio.shield(task)
+        self._clearing = self._spawn(self._clear())
+        await asyncio.shield(self._clearing)
 
     async def _clear(self) -> None:
         if self._machine is not None:
             await self._machine.kill()
         await self._kill_strays()
+        await self._file.close()
         self._devices.release_all_but(set())
         await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
         log.info("the sandbox is gone")
@@ -216,6 +242,17 @@ class Sandbox:
                 "failed-precondition", f"sandbox {self.id} was never started; delete it"
             ) from None
         await self._ready.wait()
+        if self._trouble is not None:
+            raise self._trouble
+
+    async def known(self) -> None:
+        """Wait until there is a state to tell: at once while the sandbox is started, else as `ready`."""
+        if not self._starting:
+            try:
+                await self.ready()
+            except ShimError:
+                if self._trouble is None:
+                    raise
 
     async def abandon_unless_asked(self, timeout: float) -> None:
         """Clear the directory when no start comes: who made it has died since."""
@@ -293,8 +330,13 @@ class Sandbox:
 
     async def close(self) -> None:
         """Let go of everything without ending it: the shim stops, the sandbox goes on."""
+        if self._network is not None and not self.gone.is_set():
+            await self._network.settle()
         for task in self._tasks:
-            task.cancel()
+            if task is not self._clearing:
+                task.cancel()
+        if self._clearing is not None:
+            await asyncio.wait((self._clearing,))
         if self._machine is not None:
             await self._machine.close()
 

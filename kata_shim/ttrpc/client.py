@@ -35,9 +35,15 @@ class Client(asyncio.Protocol):
     whatever reason gives each waiting caller one ShimError, and the same error to every later call.
     """
 
-    def __init__(self, *, link: bool = False, name: str = "ttrpc channel") -> None:
-        """Make the client of one connection; `link` if the stream needs kata_shim.ttrpc.link's resets."""
+    def __init__(
+        self, *, link: bool = False, name: str = "ttrpc channel", max_answer: int = MAX_PAYLOAD
+    ) -> None:
+        """Make the client of one connection; `link` if the stream needs kata_shim.ttrpc.link's resets.
+
+        An answer of more than `max_answer` bytes is not decoded: its call ends with `data-loss`.
+        """
         self.name = name
+        self._max_answer = max_answer
         self._link = link_layer.SerialLink() if link else None
         self._nonce = ""  # of the reset whose echo is awaited, or by which the link was opened
         self._opened = asyncio.Event()
@@ -50,9 +56,16 @@ class Client(asyncio.Protocol):
         self._next_id = 1
 
     @classmethod
-    async def connect(cls, path: str | os.PathLike[str], *, link: bool = False, name: str = "") -> Client:
+    async def connect(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        link: bool = False,
+        name: str = "",
+        max_answer: int = MAX_PAYLOAD,
+    ) -> Client:
         """Connect to a unix socket; with `link`, `open` has to follow. Raises unavailable."""
-        client = cls(link=link, name=name or os.fspath(path))
+        client = cls(link=link, name=name or os.fspath(path), max_answer=max_answer)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: client, os.fspath(path))
         except OSError as error:
@@ -114,6 +127,9 @@ class Client(asyncio.Protocol):
             raise ShimError("deadline-exceeded", message) from None
         finally:
             self._pending.pop(stream_id, None)
+        if len(answer) > self._max_answer:
+            text = f"{service}/{method}: the answer's {len(answer)} bytes are more than {self._max_answer}"
+            raise ShimError("data-loss", text)
         return _read_response(answer, f"{service}/{method}", response_type)
 
     def close(self, cause: ShimError | None = None) -> None:

@@ -415,12 +415,13 @@ async def test_closing_does_not_wait_for_a_client_that_does_not_read(served: Ser
     sock.close()
 
 
-async def test_closing_lets_the_answers_out_that_are_due(served: Served, wire: Wire) -> None:
+async def test_finishing_lets_the_answers_out_that_are_due(served: Served, wire: Wire) -> None:
     wire.send({"id": 1, "method": "wait", "params": "due"})
     await served.until("wait")
-    closing = asyncio.create_task(served.server.close())
+    finishing = asyncio.create_task(served.server.finish())
     await asyncio.sleep(0)
     served.gate.set()
     assert await wire.receive() == {"id": 1, "result": "due"}
+    await finishing
+    await served.server.close()
     assert await wire.line() == b""
-    await closing

@@ -333,7 +333,6 @@ def _dead_qemu(directory: Path) -> None:
         (_no_record, "record.json: No such file or directory"),
         (_damaged_record, "record.json: not a record of this version: "),
         (_foreign_record, "record.json: not a record of this version: '1' is not int"),
-        (_no_sockets, "console.sock: No such file or directory"),
         (_dead_qemu, "QEMU has ended"),
     ],
 )
@@ -352,6 +351,28 @@ def test_delete_without_a_shim(own: Runtime, tmp_path: Path, damage: Any, cause:
             assert told == Result(1, "null\n", f"sandbox gone is stopped: {answer['cause']}\n")
             kill(shim_of(guest))
             assert own("delete", "gone") == Result(0, "", "")
+            assert ended()
+        assert not (own.root / "sandboxes" / "gone").exists()
+        assert not os.listdir(own.root / "devices")
+        assert "tap40" not in os.listdir("/sys/class/net")
+
+
+def test_qemu_that_cannot_be_reached(own: Runtime, tmp_path: Path) -> None:
+    """Every call says so, and none ends a sandbox that runs but a forced delete."""
+    with booted(own, tmp_path, "gone") as guest:
+        assert guest.network("add-iface", nic(40)).status == 0
+        qemu = guest.record()["pid"]
+        kill(shim_of(guest))
+        with watched(qemu) as ended:
+            _no_sockets(own.root / "sandboxes" / "gone")
+            answer = own("state", "gone").json
+            assert (answer["status"], answer["pid"]) == ("running", qemu)
+            assert answer["cause"].startswith("sandbox gone runs and cannot be taken over now: ")
+            assert answer["cause"].endswith("console.sock: No such file or directory")
+            assert own("kata-network", "list-ifaces", "gone") == Result(1, "null\n", answer["cause"] + "\n")
+            message = "sandbox gone is running; stop it first, or delete it with --force\n"
+            assert own("delete", "gone") == Result(1, "", message)
+            assert own("delete", "--force", "gone") == Result(0, "", "")
             assert ended()
         assert not (own.root / "sandboxes" / "gone").exists()
         assert not os.listdir(own.root / "devices")

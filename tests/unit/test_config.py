@@ -288,8 +288,8 @@ def test_what_the_rules_between_fields_allow() -> None:
 
 def test_what_is_not_acted_on_is_listed() -> None:
     text = '[hypervisor.qemu]\nenable_swap = true\nmsize_9p = 8192\ncpu_model = "max"\n'
-    text += "[runtime]\nenable_debug = true"
-    assert parsed(text)[0].not_acted_on == ("[hypervisor.qemu] enable_swap", "[runtime] enable_debug")
+    text += "[runtime]\nenable_debug = true\nenable_tracing = true"
+    assert parsed(text)[0].not_acted_on == ("[hypervisor.qemu] enable_swap", "[runtime] enable_tracing")
 
 
 def test_the_file_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
