@@ -78,18 +78,33 @@ def _show(names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def fetch(packages: list[Package], directory: Path) -> None:
-    """Have the packages' files and no others in a directory; apt compares their sums. Raises: BuildError."""
+    """Have the packages' files, with the sums apt tells, and no others in a directory. Raises: BuildError."""
     directory.mkdir(parents=True, exist_ok=True)
-    if missing := [package for package in packages if not (directory / package.file).exists()]:
+    if missing := [package for package in packages if not _intact(package, directory)]:
         print(f"build-guest: downloading {len(missing)} Debian packages", flush=True)
         command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download"]
         command += [f"{package.name}={package.version}" for package in missing]
         answer = subprocess.run(command, cwd=directory, stderr=subprocess.PIPE, text=True)
         if answer.returncode:
             raise BuildError(f"apt-get download: {answer.stderr.strip().splitlines()[-1]}")
+        for package in missing:
+            if not _intact(package, directory):
+                raise BuildError(f"apt-get download: {package.file} is not the file that apt names")
     for path in directory.glob("*.deb"):
         if path.name not in {package.file for package in packages}:
             path.unlink()
+
+
+def _intact(package: Package, directory: Path) -> bool:
+    """Whether a package's file is there; one of another content is taken away."""
+    path = directory / package.file
+    if not path.exists():
+        return False
+    if hashlib.sha256(path.read_bytes()).hexdigest() == package.sha256:
+        return True
+    print(f"build-guest: {path} has another SHA256 than apt tells: it is removed", flush=True)
+    path.unlink()
+    return False
 
 
 def members(deb: Path) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:

@@ -58,6 +58,27 @@ def test_an_empty_cache_gives_the_same_bytes(source: Path, image: Path, tmp_path
     }
 
 
+def test_a_damaged_package_in_the_cache_is_not_used(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no network here to download it again, which is an error in words."""
+    (tmp_path / "apt.conf").write_text('Acquire::Retries "0";\n')
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    packages = tmp_path / "cache" / "packages"
+    shutil.copytree(CACHE / "packages", packages, copy_function=os.link)
+    shutil.copy(CACHE / "packages.json", tmp_path / "cache")
+    damaged = next(packages.glob("libmnl0_*.deb"))
+    content = damaged.read_bytes()
+    damaged.unlink()  # the cache's own file stays as it is
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = build_guest("--source", source, "--output", tmp_path / "guest", "--cache", tmp_path / "cache")
+    assert done.returncode == 1
+    assert f"{damaged} has another SHA256 than apt tells: it is removed\n" in done.stdout
+    assert done.stderr.startswith("build-guest: apt-get download: ")
+    assert not damaged.exists()
+    assert not (tmp_path / "guest").exists()
+
+
 def test_unchanged_inputs_build_nothing(source: Path, image: Path) -> None:
     before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(image.iterdir())]
     assert build(source, image) == ""
