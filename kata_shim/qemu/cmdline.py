@@ -62,8 +62,6 @@ def build(spec: MachineSpec) -> list[str]:
     argv += _devices(spec)
     for controller in spec.topology.controllers:
         argv += controller.argv
-    if spec.enable_debug:
-        argv += ["-d", "guest_errors,unimp"]
     return argv
 
 

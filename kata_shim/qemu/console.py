@@ -13,6 +13,7 @@ from kata_shim.errors import ShimError
 
 KEPT_LINES = 200
 LINE_BYTES = 1024
+LOGGED_LINES = 10_000  # the log lies on a tmpfs, and a guest can print for ever
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _STAMP = re.compile(r"^\[ *\d+\.\d+\] ")
 _TELLING = ("Kernel panic", "Out of memory", "kata-agent:")
@@ -23,6 +24,7 @@ class Console:
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._taken = 0
         self._task: asyncio.Task[None] | None = None
 
     async def connect(self, path: Path) -> None:
@@ -72,4 +74,8 @@ class Console:
         text = _CONTROL.sub("", line[:LINE_BYTES].decode("ascii", "replace")).strip()
         if text:
             self.lines.append(text)
-            log.debug("console", line=text)
+            self._taken += 1
+            if self._taken <= LOGGED_LINES:
+                log.debug("console", line=text)
+            elif self._taken == LOGGED_LINES + 1:
+                log.debug("console: no more of it is logged", lines=LOGGED_LINES)

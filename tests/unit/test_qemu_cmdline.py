@@ -104,7 +104,7 @@ def test_machine_accelerators_are_trimmed_and_appended() -> None:
 def test_firmware_cpu_model_and_debug() -> None:
     argv = build(replace(SPEC, firmware="/fw.bin", cpu_model="Nehalem", enable_debug=True))
     assert (option(argv, "-bios"), option(argv, "-cpu")) == ("/fw.bin", "Nehalem")
-    assert "-d" in argv
+    assert "-d" not in argv, "a guest could fill qemu.log with what that tells"
     assert option(build(replace(SPEC, accelerator="kvm")), "-cpu") == "host"
 
 
