@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from ipaddress import ip_interface
-from socket import AF_INET, AF_INET6
+from socket import AF_INET, AF_INET6, inet_pton
+from struct import Struct
 from typing import NamedTuple
 
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from kata_shim.errors import invalid
-from kata_shim.netconf.netlink import NLM_F_CREATE, NLM_F_REPLACE, Message, Netlink
+from kata_shim.netconf.netlink import NLM_F_CREATE, NLM_F_REPLACE, Netlink, attribute
 
 # include/uapi/linux/rtnetlink.h, if_addr.h
 RTM_NEWADDR = 20
@@ -20,6 +21,10 @@ RTM_GETADDR = 22
 RT_SCOPE_LINK = 253
 IFA_F_NODAD = 0x02
 IFA_F_PERMANENT = 0x80
+IFA_ADDRESS = 1
+IFA_LOCAL = 2
+IFA_BROADCAST = 4
+_REQUEST = Struct("=BBBBi")  # struct ifaddrmsg: family, prefix length, flags, scope, index
 
 
 class Address(NamedTuple):
@@ -86,11 +91,10 @@ async def ensure(netlink: Netlink, index: int, wanted: Sequence[Address], *, fre
 async def add(netlink: Netlink, index: int, address: Address) -> None:
     """Give the link this address; nothing happens where it has it."""
     request = _request(index, address)
-    if address.family == AF_INET6:
-        request["flags"] = IFA_F_NODAD
-    elif address.prefix < 31:
-        broadcast = ip_interface(str(address)).network.broadcast_address
-        request["attrs"].append(("IFA_BROADCAST", str(broadcast)))
+    if address.family == AF_INET and address.prefix < 31:
+        hosts = (1 << 32 - address.prefix) - 1
+        broadcast = int.from_bytes(inet_pton(AF_INET, address.address), "big") | hosts
+        request += attribute(IFA_BROADCAST, broadcast.to_bytes(4, "big"))
     await netlink.change(request, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, f"add address {address}")
 
 
@@ -104,10 +108,8 @@ async def _delete_if_there(netlink: Netlink, index: int, address: Address) -> No
         await delete(netlink, index, address)
 
 
-def _request(index: int, address: Address) -> Message:
-    request = ifaddrmsg()
-    request["family"] = address.family
-    request["index"] = index
-    request["prefixlen"] = address.prefix
-    request["attrs"] = [("IFA_LOCAL", address.address), ("IFA_ADDRESS", address.address)]
-    return request
+def _request(index: int, address: Address) -> bytes:
+    flags = IFA_F_NODAD if address.family == AF_INET6 else 0
+    packed = inet_pton(address.family, address.address)
+    request = _REQUEST.pack(address.family, address.prefix, flags, 0, index)
+    return request + attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed)

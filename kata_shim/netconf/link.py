@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import sys
 from array import array
@@ -14,7 +15,7 @@ from struct import Struct
 
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from kata_shim.netconf.netlink import NETLINK_ROUTE, KernelError, Message, Netlink
+from kata_shim.netconf.netlink import NETLINK_ROUTE, KernelError, Message, Netlink, attribute
 
 # include/uapi/linux/rtnetlink.h, if.h, if_tun.h
 RTM_NEWLINK = 16
@@ -29,6 +30,7 @@ IFLA_IFNAME = 3
 IFLA_MTU = 4
 _WANTED = (IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU)
 _EVENT = Struct("=16x4xiI4x")  # struct nlmsghdr, struct ifinfomsg: index, flags
+_REQUEST = Struct("=4xiII")  # struct ifinfomsg: index, flags, change
 _ATTRIBUTE = Struct("=HH")  # struct rtattr
 
 # A socket filter (Documentation/networking/filter.rst) that lets only new links pass: the kernel
@@ -179,21 +181,19 @@ async def ensure(netlink: Netlink, link: Link, *, name: str = "", mtu: int = 0, 
 
 
 async def _change(netlink: Netlink, link: Link, wanted: Link) -> None:
-    request = ifinfmsg()
-    request["index"] = link.index
-    attrs: list[tuple[str, object]] = []
+    attributes = b""
     words = []
+    flags = change = 0
     if wanted.mtu != link.mtu:
-        attrs.append(("IFLA_MTU", wanted.mtu))
+        attributes += attribute(IFLA_MTU, wanted.mtu.to_bytes(4, sys.byteorder))
         words.append(f"mtu {wanted.mtu}")
     if wanted.name != link.name:
-        attrs.append(("IFLA_IFNAME", wanted.name))
+        attributes += attribute(IFLA_IFNAME, os.fsencode(wanted.name) + b"\0")
         words.append(f"name {wanted.name}")
     if wanted.up != link.up:
-        request["flags"] = IFF_UP if wanted.up else 0
-        request["change"] = IFF_UP
+        flags, change = IFF_UP if wanted.up else 0, IFF_UP
         words.append("up" if wanted.up else "down")
-    request["attrs"] = attrs
+    request = _REQUEST.pack(link.index, flags, change) + attributes
     await netlink.change(request, RTM_SETLINK, 0, f"link {link.name}: {', '.join(words)}")
 
 
