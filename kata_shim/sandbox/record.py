@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiofiles
-import aiofiles.os
 import orjson
 
 from kata_shim.contract.interface import Interface, from_record, to_record
@@ -114,7 +112,7 @@ class RecordFile:
             if self._written >= mine or self._closed:
                 return
             covered = self._wanted
-            write = asyncio.ensure_future(self._write(orjson.dumps(self._render())))
+            write = asyncio.ensure_future(asyncio.to_thread(self._write, orjson.dumps(self._render())))
             try:
                 await asyncio.shield(write)
             except asyncio.CancelledError:
@@ -126,12 +124,11 @@ class RecordFile:
                 ) from None
             self._written = covered
 
-    async def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         new = self._path.with_suffix(".new")
         try:
-            async with aiofiles.open(new, "wb") as file:
-                await file.write(data)
-            await aiofiles.os.replace(new, self._path)
+            new.write_bytes(data)
+            os.replace(new, self._path)
         except OSError:
             with suppress(FileNotFoundError):
                 os.unlink(new)
