@@ -125,7 +125,7 @@ async def test_killing_what_is_no_child_of_ours_and_has_just_ended(parent: subpr
 
 
 async def test_attaching_to_a_process_that_is_gone_or_another(tmp_path: Path) -> None:
-    with pytest.raises(ShimError, match="belongs to another"):
+    with pytest.raises(ShimError, match="its pid is another's"):
         Process.attach(os.getpid(), read_start_time(os.getpid()) - 1)
     process = spawn(["/bin/true"], tmp_path / "log")
     start_time = process.start_time
