@@ -85,10 +85,11 @@ class Children:
             raise ShimError("internal", f"{' '.join(argv)}: exit status {status}: {words}")
 
     def close(self) -> None:
-        """Kill what runs and give SIGCHLD back."""
+        """Kill what runs, reap it, and give SIGCHLD back."""
+        self._loop.remove_signal_handler(signal.SIGCHLD)
         for child in self._running.values():
             child.kill(signal.SIGKILL)
-        self._loop.remove_signal_handler(signal.SIGCHLD)
+            child.process.wait()
 
     def _reap(self) -> None:
         while True:
