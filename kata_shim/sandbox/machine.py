@@ -19,14 +19,13 @@ from kata_shim.agent import Agent
 from kata_shim.config import Config
 from kata_shim.contract.interface import Interface
 from kata_shim.errors import ShimError
-from kata_shim.netconf import link
-from kata_shim.netconf.netlink import Netlink
 from kata_shim.qemu import accelerator, cmdline, hotplug, tap, vhost_user
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.topology import Slot, Topology
 from kata_shim.sandbox.preconditions import kernel_params
+from kata_shim.sandbox.taps import HostTaps
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
@@ -49,6 +48,7 @@ class Machine:
         self._cpu_model = hypervisor.cpu_model
         self._accelerators = accelerators
         self.console = Console()
+        self.taps = HostTaps()
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.process: Process
         self.monitor: Monitor
@@ -57,7 +57,6 @@ class Machine:
         # A socket's path is at most 107 bytes long; by way of this descriptor any directory is near enough.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._near = Path(f"/proc/self/fd/{self._directory}")
-        self._host: Netlink | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._reason = ""  # for QEMU's end, of QMP's ShutdownCause
@@ -130,9 +129,7 @@ class Machine:
         await self.console.close()
         if hasattr(self, "process"):
             self.process.close()
-        if self._host is not None:
-            self._host.close()
-            self._host = None
+        self.taps.close()
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
@@ -164,7 +161,7 @@ class Machine:
         vhost = not self._hypervisor.disable_vhost_net
         with tap.open_tap(interface.device, interface.queue_pairs, vhost=vhost) as backend:
             await together(
-                self.set_host_mtu(interface),
+                self.taps.set_mtu(interface),
                 hotplug.plug_nic(self.monitor, slot, interface.hw_addr, backend, undo_timeout=self._patience),
             )
 
@@ -216,38 +213,6 @@ class Machine:
     async def configure(self, interface: Interface, slot: Slot) -> None:
         """Have the guest bring the NIC to what `interface` says; waits for the NIC to appear."""
         await self.agent.update_interface(interface, slot.path, self._patience)
-
-    async def set_host_mtu(self, interface: Interface) -> None:
-        """Bring the host's tap to the NIC's MTU, and up; a vhost-user NIC has none."""
-        if interface.vhost_user_socket:
-            return
-        found = await self.host_link(interface)
-        if found is None:
-            raise ShimError("not-found", f"device: {interface.device} has gone from the host")
-        await link.ensure(self._netlink, found, mtu=interface.mtu)
-
-    async def host_link(self, interface: Interface) -> link.Link | None:
-        """Return the host's tap as it is now, for `put_host_back`; None where there is none."""
-        if interface.vhost_user_socket:
-            return None
-        return await link.find(self._netlink, interface.device)
-
-    async def put_host_back(self, before: link.Link | None) -> None:
-        """Bring a tap that was there `before` to the MTU and state it had, unless it has gone since."""
-        if before is None:
-            return
-        try:
-            now = await link.find(self._netlink, index=before.index)
-            if now is not None:
-                await link.ensure(self._netlink, now, mtu=before.mtu, up=before.up)
-        except ShimError as error:
-            log.warning("a tap could not be set back", device=before.name, error=error.message)
-
-    @property
-    def _netlink(self) -> Netlink:
-        if self._host is None:
-            self._host = Netlink()
-        return self._host
 
     async def _choose_accelerator(self) -> None:
         """Take the configured accelerator, or what a trial finds out, once for all sandboxes of the host."""

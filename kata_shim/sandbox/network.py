@@ -62,7 +62,8 @@ class Network:
             nic = self._reserve(interface)
             undo.push_async_callback(self._take_back, nic)
             await self._file.save()
-            undo.push_async_callback(self._machine.put_host_back, await self._machine.host_link(interface))
+            taps = self._machine.taps
+            undo.push_async_callback(taps.put_back, await taps.find(interface))
             await self._machine.introduce(interface, nic.slot)
             nic.phase = "present"
             await self._file.save()
@@ -93,7 +94,7 @@ class Network:
             nic.phase = "updating"
             await self._file.save()
             nic.interface = after
-            await self._machine.set_host_mtu(after)
+            await self._machine.taps.set_mtu(after)
             await self._machine.configure(after, nic.slot)
             nic.phase = "present"
             await self._file.save()
@@ -243,7 +244,7 @@ class Network:
     async def _set_back(self, nic: Nic, before: Interface) -> None:
         nic.interface, nic.phase = before, "present"
         try:
-            await self._machine.set_host_mtu(before)
+            await self._machine.taps.set_mtu(before)
             await self._machine.configure(before, nic.slot)
             await self._file.save()
         except ShimError as error:
