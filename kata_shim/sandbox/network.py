@@ -61,9 +61,8 @@ class Network:
                 await self._remove(left)  # an earlier attempt left it with the guest; it must go first
             nic = self._reserve(interface)
             undo.push_async_callback(self._take_back, nic)
+            nic.tap = await self._machine.taps.find(interface)
             await self._file.save()
-            taps = self._machine.taps
-            undo.push_async_callback(taps.put_back, await taps.find(interface))
             await self._machine.introduce(interface, nic.slot)
             nic.phase = "present"
             await self._file.save()
@@ -232,6 +231,7 @@ class Network:
 
     async def _take_back(self, nic: Nic) -> None:
         """Undo an add. A guest that keeps the device keeps it on record: nothing else may use its slot."""
+        await self._machine.taps.put_back(nic.tap)
         try:
             await self._remove(nic)
         except ShimError as error:

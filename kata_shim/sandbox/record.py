@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import orjson
 
 from kata_shim.contract.interface import Interface, from_record, to_record
 from kata_shim.errors import ShimError
+from kata_shim.netconf.link import Link
 from kata_shim.qemu.topology import Slot
 
 
@@ -23,15 +24,30 @@ class Nic:
 
     `phase`: `adding` (not whole yet) and `undoing` (the guest keeps what an add left): re-attach takes it
     back; `present`; `updating`: re-attach sets it back to what stands here; `removing`: it is finished.
+    `tap`: the host's tap as it was before the add, which taking the add back restores; None: there was none.
     """
 
     interface: Interface
     slot: Slot
     phase: str
+    tap: Link | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the NIC as record.json holds it."""
-        return {"interface": to_record(self.interface), "path": self.slot.path, "phase": self.phase}
+        return {
+            "interface": to_record(self.interface),
+            "path": self.slot.path,
+            "phase": self.phase,
+            "tap": self.tap and asdict(self.tap),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], slot_of: Callable[[str], Slot]) -> Nic:
+        """Return the NIC again; raises KeyError, TypeError, ValueError or ShimError for what is none."""
+        nic = cls(from_record(value["interface"]), slot_of(value["path"]), value["phase"])
+        if tap := value.get("tap"):  # a record of an earlier version has none
+            nic.tap = Link(**tap)
+        return nic
 
 
 @dataclass(slots=True)
@@ -67,9 +83,7 @@ def load(path: Path, slot_of: Callable[[str], Slot]) -> Record:
     try:
         value: dict[str, Any] = orjson.loads(path.read_bytes())
         record = Record(**{name: _same_kind(value[name], getattr(_EMPTY, name)) for name in _SCALARS})
-        record.nics = [
-            Nic(from_record(nic["interface"]), slot_of(nic["path"]), nic["phase"]) for nic in value["nics"]
-        ]
+        record.nics = [Nic.from_json(nic, slot_of) for nic in value["nics"]]
     except OSError as error:
         raise ShimError("data-loss", f"{path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, ShimError) as error:
