@@ -20,9 +20,9 @@ from kata_shim.contract.interface import Interface
 from kata_shim.faces.commands import methods
 from kata_shim.faces.jsonl import Server
 from kata_shim.qemu.monitor import Monitor
-from kata_shim.sandbox.machine import Machine
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.sandbox import Sandbox
+from kata_shim.vm.machine import Machine
 
 GUEST_STATE = ("ip -j addr", "ip -j route show table all", "ip -j -6 route show table all")
 

@@ -20,7 +20,9 @@ class MachineSpec:
     """Everything that decides how QEMU is started; what configuration.toml sets has its name there.
 
     `default_memory` is in MiB. The three `*_fd` are listening unix sockets that QEMU inherits by number;
-    `agent_fd` -1 leaves the virtio-serial channel out (vsock instead: `guest_cid` above 2).
+    `agent_fd` -1 leaves the virtio-serial channel out (vsock instead: `guest_cid` above 2). `memory_path` is
+    a file of that size that holds the guest's memory; without one it is a memfd if `shared_memory`, else
+    QEMU's own. A machine that is `incoming` waits for its saved state and does not boot.
     """
 
     name: str
@@ -42,6 +44,8 @@ class MachineSpec:
     firmware: str = ""
     entropy_source: str = "/dev/urandom"
     shared_memory: bool = True
+    memory_path: str = ""
+    incoming: bool = False
     enable_debug: bool = False
 
 
@@ -62,6 +66,8 @@ def build(spec: MachineSpec) -> list[str]:
     argv += _devices(spec)
     for controller in spec.topology.controllers:
         argv += controller.argv
+    if spec.incoming:
+        argv += ["-incoming", "defer"]
     return argv
 
 
@@ -79,16 +85,26 @@ def default_cpu_model(accelerator: str) -> str:
 
 def _machine(spec: MachineSpec) -> list[str]:
     properties: dict[str, Value] = {"accel": spec.accelerator}
-    if spec.shared_memory:
+    memory = _memory(spec)
+    if memory:
         properties["memory-backend"] = "mem"
     extra = ",".join(word.strip() for word in spec.machine_accelerators.split(",") if word.strip())
     machine = keyval(spec.topology.machine_type, properties) + (f",{extra}" if extra else "")
     argv = ["-machine", machine, "-cpu", spec.cpu_model or default_cpu_model(spec.accelerator)]
-    argv += ["-smp", str(spec.default_vcpus), "-m", f"{spec.default_memory}M"]
-    if spec.shared_memory:
-        backend: dict[str, Value] = {"id": "mem", "size": f"{spec.default_memory}M", "share": True}
-        argv += ["-object", keyval("memory-backend-memfd", backend)]
-    return argv
+    return [*argv, "-smp", str(spec.default_vcpus), "-m", f"{spec.default_memory}M", *memory]
+
+
+def _memory(spec: MachineSpec) -> list[str]:
+    """The guest's memory where it is not simply QEMU's own.
+
+    QEMU's saved state names it by its id, so a file, whether shared or not, and a memfd are alike to it.
+    """
+    if not spec.shared_memory and not spec.memory_path:
+        return []
+    backend: dict[str, Value] = {"id": "mem", "size": f"{spec.default_memory}M", "share": spec.shared_memory}
+    if spec.memory_path:
+        return ["-object", keyval("memory-backend-file", {**backend, "mem-path": spec.memory_path})]
+    return ["-object", keyval("memory-backend-memfd", backend)]
 
 
 def _channels(spec: MachineSpec) -> list[str]:

@@ -20,8 +20,8 @@ from kata_shim.contract.route import Route, RouteMatch
 from kata_shim.errors import ShimError, invalid
 from kata_shim.qemu.monitor import run_to_end
 from kata_shim.sandbox.devices import HostDevices
-from kata_shim.sandbox.machine import Machine
 from kata_shim.sandbox.record import Nic, Record, RecordFile
+from kata_shim.vm.machine import Machine
 
 ETHERNET_LEAST_MTU = 68
 IPV6_LEAST_MTU = 1280

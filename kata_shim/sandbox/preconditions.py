@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kata_shim.config import Config, Hypervisor, check_files, refusal
+from kata_shim.config import Config, check_files, refusal
 from kata_shim.qemu.cmdline import kernel_command_line
+from kata_shim.vm.spec import kernel_params
 
 VHOST_VSOCK = Path("/dev/vhost-vsock")
 # COMMAND_LINE_SIZE of the kernel's arch/x86/include/asm/setup.h, less the NUL: it cuts what is longer.
@@ -28,9 +29,3 @@ def check(config: Config) -> None:
     if hypervisor.use_vsock and not VHOST_VSOCK.exists():
         sentence = f"true; {VHOST_VSOCK} does not exist: load the module vhost_vsock, or set it to false"
         raise refusal(config, "use_vsock", sentence)
-
-
-def kernel_params(hypervisor: Hypervisor) -> str:
-    """Return the configured parameters, and what tells the agent of its channel."""
-    channel = " agent.channel=vsock" if hypervisor.use_vsock else ""
-    return hypervisor.kernel_params + channel

@@ -19,9 +19,9 @@ from kata_shim.qemu.process import Process, find_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
 from kata_shim.sandbox.lifecycle import Lifecycle
-from kata_shim.sandbox.machine import Machine, Step
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
+from kata_shim.vm.machine import Machine, Step
 
 ASKED_TIMEOUT = 2.0  # seconds between a shim's first breath and the start its starter asks for
 MAX_WATCHED = 1024  # events that wait for a watcher who does not read
@@ -101,6 +101,8 @@ class Sandbox:
             self.record.accelerator = machine.accelerator
             await self._file.save()
 
+        await step("finding the accelerator")
+        await machine.choose_accelerator()
         await machine.boot(self.id, self.record.uuid, started, step)
         self._run(machine)
         await self._file.save()

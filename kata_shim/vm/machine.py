@@ -9,29 +9,41 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from kata_shim import log
 from kata_shim.agent import Agent
 from kata_shim.config import Config
 from kata_shim.contract.interface import Interface
 from kata_shim.errors import ShimError
-from kata_shim.qemu import accelerator, cmdline, hotplug, tap, vhost_user
+from kata_shim.qemu import accelerator, cmdline, hotplug, migration, tap, vhost_user
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
-from kata_shim.qemu.topology import Slot, Topology
-from kata_shim.sandbox.preconditions import kernel_params
-from kata_shim.sandbox.taps import HostTaps
+from kata_shim.qemu.topology import Slot
+from kata_shim.vm.spec import describe, topology
+from kata_shim.vm.taps import HostTaps
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
 END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
+CLONE_TIMEOUT = 10.0  # seconds; a clone answers in a tenth of one
 Step = Callable[[str], Awaitable[None]]
+Started = Callable[[Process], Awaitable[None]]
+Fds = tuple[int, ...]
 _T = TypeVar("_T")
+
+
+class Saved(NamedTuple):
+    """A saved guest as open files: its memory, which a clone changes only if it is `shared`, and state."""
+
+    memory: int
+    state: int
+    shared: bool
 
 
 class Machine:
@@ -41,9 +53,7 @@ class Machine:
         """Prepare the sandbox in `directory`; `accelerators` is the file that remembers trials."""
         self._hypervisor = hypervisor = config.hypervisor
         self._patience = hypervisor.hotplug_timeout  # seconds
-        self.topology = Topology(
-            hypervisor.machine_type, hypervisor.default_root_ports, hypervisor.default_bridges
-        )
+        self.topology = topology(hypervisor)
         self.accelerator = ""
         self._cpu_model = hypervisor.cpu_model
         self._accelerators = accelerators
@@ -61,37 +71,63 @@ class Machine:
         self._hearing: asyncio.Task[None] | None = None
         self._reason = ""  # for QEMU's end, of QMP's ShutdownCause
 
-    async def boot(
-        self, name: str, uuid: str, started: Callable[[Process], Awaitable[None]], step: Step
-    ) -> None:
+    async def choose_accelerator(self) -> None:
+        """Take the configured accelerator, or what a trial finds out, once for all sandboxes of the host."""
+        hypervisor = self._hypervisor
+        self.accelerator = hypervisor.accelerator
+        if self.accelerator == "auto":
+            found = await accelerator.find(hypervisor.path, hypervisor.kernel, self._accelerators)
+            log.info("accelerator", name=found.name, reason=found.reason)
+            self.accelerator = found.name
+            self._cpu_model = hypervisor.cpu_model or found.cpu_model
+
+    def describe(self) -> cmdline.MachineSpec:
+        """Return what decides whether a saved state is one of this machine; the accelerator is chosen."""
+        return describe(self._hypervisor, self.accelerator, self._cpu_model, self.topology)
+
+    async def boot(self, name: str, uuid: str, started: Started, step: Step) -> None:
         """Start QEMU and wait until the guest's agent answers.
 
         `started` is called as soon as the process exists. Raises ShimError with the best cause there is; the
         process, if any, is dead then.
         """
-        hypervisor = self._hypervisor
-        cid = guest_cid(uuid) if hypervisor.use_vsock else 0
-        await step("finding the accelerator")
-        await self._choose_accelerator()
         await step(f"starting QEMU ({self.accelerator})")
-        listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
-        fds = {name: listener.fileno() for name, listener in listeners.items()}
-        try:
-            self.process = spawn(
-                cmdline.build(self._spec(name, uuid, cid, fds)), self._log, list(fds.values())
-            )
-        finally:
-            for listener in listeners.values():
-                listener.close()
-        try:
-            await started(self.process)
-            await self._connect(cid, hypervisor.agent_timeout)
+        async with self._dead_unless_whole():
+            await self._start(replace(self.describe(), name=name, uuid=uuid), started)
             await step("booting the guest")
-            await self._open_agent(hypervisor.agent_timeout)
-            await together(self.agent.create_sandbox(name), self.agent.set_time(), self.agent.reseed())
-        except BaseException:
+            await self._open_agent(self._hypervisor.agent_timeout)
+            await self._make_its_own(name)
+
+    async def boot_template(self, memory: Path, state: int) -> None:
+        """Boot a guest that is nobody's, its memory in the file `memory`, save it to `state`, and end.
+
+        Its QEMU dies with this process. Raises as `boot`.
+        """
+        spec = replace(self.describe(), name="template", memory_path=str(memory), shared_memory=True)
+        try:
+            await self._start(spec, None)
+            await self._open_agent(self._hypervisor.agent_timeout)
+            await self.agent.close()
+            await self._unless_gone(migration.save(self.monitor, state))
+        finally:
             await self.kill()
-            raise
+
+    async def clone(self, saved: Saved, name: str, uuid: str, started: Started, step: Step) -> None:
+        """Start QEMU on a saved state and wait until the guest's agent answers; else as `boot`."""
+        await step(f"cloning the template ({self.accelerator})")
+        spec = replace(
+            self.describe(),
+            name=name,
+            uuid=uuid,
+            memory_path=f"/proc/self/fd/{saved.memory}",
+            shared_memory=saved.shared,
+            incoming=True,
+        )
+        async with self._dead_unless_whole():
+            await self._start(spec, started, (saved.memory, saved.state))
+            await self._unless_gone(migration.load(self.monitor, saved.state))
+            await self._open_agent(CLONE_TIMEOUT)
+            await self._make_its_own(name)
 
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
         """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended.
@@ -214,40 +250,35 @@ class Machine:
         """Have the guest bring the NIC to what `interface` says; waits for the NIC to appear."""
         await self.agent.update_interface(interface, slot.path, self._patience)
 
-    async def _choose_accelerator(self) -> None:
-        """Take the configured accelerator, or what a trial finds out, once for all sandboxes of the host."""
-        hypervisor = self._hypervisor
-        self.accelerator = hypervisor.accelerator
-        if self.accelerator == "auto":
-            found = await accelerator.find(hypervisor.path, hypervisor.kernel, self._accelerators)
-            log.info("accelerator", name=found.name, reason=found.reason)
-            self.accelerator = found.name
-            self._cpu_model = hypervisor.cpu_model or found.cpu_model
+    @asynccontextmanager
+    async def _dead_unless_whole(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException:
+            await self.kill()
+            raise
 
-    def _spec(self, name: str, uuid: str, cid: int, fds: dict[str, int]) -> cmdline.MachineSpec:
-        hypervisor = self._hypervisor
-        return cmdline.MachineSpec(
-            name=name,
-            uuid=uuid,
-            path=hypervisor.path,
-            topology=self.topology,
-            accelerator=self.accelerator,
-            kernel=hypervisor.kernel,
-            initrd=hypervisor.initrd,
-            default_vcpus=hypervisor.default_vcpus,
-            default_memory=hypervisor.default_memory,
-            qmp_fd=fds["qmp"],
-            console_fd=fds["console"],
-            agent_fd=fds.get("agent", -1),
-            guest_cid=cid,
-            kernel_params=kernel_params(hypervisor),
-            machine_accelerators=hypervisor.machine_accelerators,
-            cpu_model=self._cpu_model,
-            firmware=hypervisor.firmware,
-            entropy_source=hypervisor.entropy_source,
-            shared_memory=hypervisor.shared_memory,
-            enable_debug=hypervisor.enable_debug,
-        )
+    async def _start(self, spec: cmdline.MachineSpec, started: Started | None, files: Fds = ()) -> None:
+        """Start QEMU and connect to its sockets; one that nobody is told of dies with us."""
+        cid = guest_cid(spec.uuid) if self._hypervisor.use_vsock else 0
+        listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
+        fds = {name: listener.fileno() for name, listener in listeners.items()}
+        spec = replace(spec, qmp_fd=fds["qmp"], console_fd=fds["console"], guest_cid=cid)
+        spec = replace(spec, agent_fd=fds.get("agent", -1))
+        try:
+            self.process = spawn(
+                cmdline.build(spec), self._log, [*fds.values(), *files], dies_with_us=started is None
+            )
+        finally:
+            for listener in listeners.values():
+                listener.close()
+        if started is not None:
+            await started(self.process)
+        await self._connect(cid, self._hypervisor.agent_timeout)
+
+    async def _make_its_own(self, name: str) -> None:
+        """Give the guest randomness before anything else: a clone's is its template's. Then time and name."""
+        await together(self.agent.reseed(), self.agent.set_time(), self.agent.create_sandbox(name))
 
     def _listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
