@@ -64,29 +64,41 @@ class Record:
     start_time: int = 0  # of that pid, clock ticks after boot: proof against pid reuse
     accelerator: str = ""
     nics: list[Nic] = field(default_factory=list)
+    unread: list[Any] = field(default_factory=list)  # NICs as a record has them, until `read_nics`
 
     def to_json(self) -> dict[str, object]:
         """Return the record as it is written."""
         values: dict[str, object] = {name: getattr(self, name) for name in _SCALARS}
-        return {**values, "nics": [nic.to_json() for nic in self.nics]}
+        return {**values, "nics": [*self.unread, *(nic.to_json() for nic in self.nics)]}
+
+    def read_nics(self, slot_of: Callable[[str], Slot]) -> None:
+        """Read the NICs; `slot_of` turns a PCI path back into its slot.
+
+        Raises ShimError `data-loss` for what this version does not take; all then stay unread.
+        """
+        try:
+            self.nics = [Nic.from_json(nic, slot_of) for nic in self.unread]
+        except (KeyError, TypeError, ValueError, ShimError) as error:
+            raise ShimError("data-loss", f"a NIC on record is not of this version: {error}") from None
+        self.unread = []
 
 
 _EMPTY = Record("", "", "", "")
 _SCALARS = ("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator")
 
 
-def load(path: Path, slot_of: Callable[[str], Slot]) -> Record:
-    """Return what record.json says; `slot_of` turns a NIC's PCI path back into its slot.
+def load(path: Path) -> Record:
+    """Return what record.json says, its NICs unread: which QEMU is the sandbox's is to be known in any case.
 
     Raises ShimError `data-loss` for a file that is not there, or that this program did not write.
     """
     try:
         value: dict[str, Any] = orjson.loads(path.read_bytes())
         record = Record(**{name: _same_kind(value[name], getattr(_EMPTY, name)) for name in _SCALARS})
-        record.nics = [Nic.from_json(nic, slot_of) for nic in value["nics"]]
+        record.unread = _same_kind(value["nics"], [])
     except OSError as error:
         raise ShimError("data-loss", f"{path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, ShimError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ShimError("data-loss", f"{path}: not a record of this version: {error}") from None
     return record
 

@@ -144,15 +144,16 @@ class Sandbox:
         return self.record.pid > 0 and read_start_time(self.record.pid) == self.record.start_time
 
     async def _reattach(self) -> None:
-        settings, _ = load_config(self.directory / "configuration.toml")
-        self._set_up_log(settings)
-        machine = self._machine = Machine(self.directory, settings, self._accelerators)
-        self.record = load(self.directory / "record.json", machine.topology.reserve)
+        self.record = load(self.directory / "record.json")
         if self.record.state != "running":
             await self._kill_strays()
             creating = self.record.state == "creating"
             self._stop("its shim was ended while it was starting" if creating else self.record.cause)
             return
+        settings, _ = load_config(self.directory / "configuration.toml")
+        self._set_up_log(settings)
+        machine = self._machine = Machine(self.directory, settings, self._accelerators)
+        self.record.read_nics(machine.topology.reserve)
         machine.accelerator = self.record.accelerator
         try:
             await machine.attach(self.record.uuid, self.record.pid, self.record.start_time)
@@ -326,7 +327,7 @@ class Sandbox:
             "created": record.created,
             "accelerator": record.accelerator,
             "config": record.config,
-            "ifaces": len(record.nics),
+            "ifaces": len(record.unread) + len(record.nics),
         }
         return {**state, "cause": self.lifecycle.cause} if self.lifecycle.cause else state
 
