@@ -1,4 +1,4 @@
-"""bench/run [a|b|c|d]… [--rounds N] [--write]: measure, and print a table; --write puts it into README.md."""
+"""bench/run [a|b|c|d|e]… [--rounds N] [--write]: measure and print a table; --write: into README.md too."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from statistics import median
 
 from bench import cases
 from bench.cases import Comparison
+from bench.reattach import reattach
 from bench.stand import Stand
 
-CASES = {"a": cases.hotplug, "b": cases.listing, "c": cases.at_once, "d": cases.requests}
+CASES = {
+    "a": cases.hotplug,
+    "b": cases.listing,
+    "c": cases.at_once,
+    "d": cases.requests,
+    "e": reattach,
+}
 ROUNDS = 15
 README = Path(__file__).with_name("README.md")
 HEAD = """# What it costs
@@ -29,6 +36,8 @@ on {machine}. In brackets the least and the most.
   the kernel's RTM_NEWLINK with one ready-made netlink write; removal until DEVICE_DELETED, `netdev_del` and
   the guest's RTM_DELLINK (bench/floor.py, bench/in_guest.py).
 - *At once* and *one after another* (c) are requests on one connection, or CLI calls (processes).
+- *After the shim was killed* (e), by SIGKILL and with a NIC on record, the call starts a shim, which takes
+  QEMU and guest over; its reach is a time, not a ratio.
 """
 
 
