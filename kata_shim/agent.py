@@ -35,6 +35,7 @@ MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 ti
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
 SEED_BYTES = 64
 _CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
+_KATA_EVERYWHERE = ("0.0.0.0", "::1")  # how the Kata agent's netlink.rs lists a route over a gateway
 IFNAME_MOST = 15  # IFNAMSIZ of <linux/if.h> without the NUL
 
 _M = TypeVar("_M", bound=Message)
@@ -54,6 +55,7 @@ class Agent:
         self._client: Client | None = None
         self._stock_changing = asyncio.Lock()
         self._stock = False  # the Kata project's own agent, found out by the first call it lacks
+        self._over_gateways: list[Route] = []  # as it was last given them; it lists only their gateways
         self._opening: asyncio.Task[Client] | None = None
 
     async def open(self, timeout: float) -> None:
@@ -123,7 +125,9 @@ class Agent:
         """Make the guest's routes, the kernel's own apart, exactly `routes`; return them as they are."""
         wanted = agent_pb2.Routes(Routes=[_to_route(route) for route in routes])
         request = agent_pb2.UpdateRoutesRequest(routes=wanted)
-        return _from_routes(_as(await self._call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes))
+        answer = _as(await self._call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes)
+        self._over_gateways = [route for route in routes if route.gateway]
+        return _from_routes(answer)
 
     # A guest with the Kata project's own agent has no service kata_shim.Guest; its routes change as a set.
 
@@ -141,7 +145,15 @@ class Agent:
 
     async def _stock_list_routes(self) -> list[Route]:
         answer = await self._call(AGENT_SERVICE, "ListRoutes", agent_pb2.ListRoutesRequest())
-        routes = [route for route in _from_routes(_as(answer, agent_pb2.Routes)) if _is_listed(route)]
+        given = list(self._over_gateways)
+        routes = []
+        for route in _from_routes(_as(answer, agent_pb2.Routes)):
+            # It says of each route over a gateway that it leads everywhere.
+            known = (one for one in given if (one.via, one.device) == (route.gateway, route.device))
+            if one := next(known, None):
+                given.remove(one)
+            if _is_listed(one or route):
+                routes.append(one or route)
         return sorted(routes, key=lambda route: route.family)
 
     async def _stock_add_route(self, route: Route) -> None:
@@ -335,7 +347,7 @@ def _to_interface(interface: Interface, path: str) -> types_pb2.Interface:
 
 def _to_route(route: Route) -> types_pb2.Route:
     return types_pb2.Route(
-        dest=route.dest if route.dest == DEFAULT else route.network,
+        dest="" if route.dest == DEFAULT else route.network,  # the Kata agent knows no word for it
         gateway=route.via,
         device=route.device,
         family=_family(route.family),
@@ -346,8 +358,12 @@ def _from_routes(routes: agent_pb2.Routes) -> list[Route]:
     """Return the guest's routes; raises ShimError `data-loss` for what is none: the guest may be hostile."""
     found = []
     for route in routes.Routes:
-        family = AF_INET6 if route.family == types_pb2.v6 else AF_INET
         dest, gateway = route.dest or DEFAULT, route.gateway
+        if gateway and dest in _KATA_EVERYWHERE:
+            dest = DEFAULT
+        # The Kata agent leaves the family out.
+        is_v6 = route.family == types_pb2.v6 or ":" in dest + gateway
+        family = AF_INET6 if is_v6 else AF_INET
         try:
             if "%" in dest + gateway:
                 raise ValueError("an address with a scope")
