@@ -8,6 +8,7 @@ import signal
 import time
 
 from kata_shim import client
+from kata_shim.cli import silent
 from kata_shim.cli.terminal import ProgressLine, say, write
 from kata_shim.errors import ShimError
 
@@ -66,7 +67,7 @@ def delete(arguments: Arguments) -> int:
             return 0
         raise
     try:
-        client.connect(root, sandbox_id, say).call("sandbox.delete", _dump({"force": force}))
+        silent.delete(root, sandbox_id, force=force)
     except ShimError as error:
         if error.code != "unavailable":
             raise
@@ -81,7 +82,7 @@ def delete(arguments: Arguments) -> int:
 def state(arguments: Arguments) -> int:
     """Print a sandbox's state as the OCI runtime specification has it, and our own keys after it."""
     sandbox_id = client.resolve(arguments.root, arguments.words[0])
-    answer = client.connect(arguments.root, sandbox_id, say).call("sandbox.state")
+    answer = silent.call(arguments.root, sandbox_id, "sandbox.state")
     write(1, _dump(_described(sandbox_id, json.loads(answer))) + b"\n")
     return 0
 
@@ -119,7 +120,9 @@ def _ask_all(root: str) -> list[dict[str, Any]]:
             connection, call = pending
             connection.socket.settimeout(max(0.01, deadline - time.monotonic()))
             found.append(_described(sandbox_id, json.loads(connection.answer(call))))
-        except (ShimError, OSError):
+        except (ShimError, OSError) as error:
+            if pending is not None and isinstance(error, TimeoutError):
+                say(f"{sandbox_id}: its shim does not answer within {LIST_TIMEOUT:g} s")
             if os.path.isdir(client.sandbox_directory(root, sandbox_id)):
                 found.append(
                     _described(sandbox_id, _recorded(root, sandbox_id) | {"state": "unknown", "pid": 0})
@@ -155,7 +158,6 @@ def _discard(root: str, sandbox_id: str, claimed: os.stat_result) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     directory = client.sandbox_directory(root, sandbox_id)
-    force = _dump({"force": True})
     cause: Exception | None = None
     # Twice: a QEMU that is just being started has the socket of a shim that dies then open for a moment.
     for _ in range(2):
@@ -163,7 +165,7 @@ def _discard(root: str, sandbox_id: str, claimed: os.stat_result) -> None:
             return
         recorded = os.path.lexists(f"{directory}/record.json")
         try:
-            client.connect(root, sandbox_id, say, revive=recorded).call("sandbox.delete", force)
+            silent.delete(root, sandbox_id, force=True, revive=recorded)
             return
         except (ShimError, OSError) as error:
             cause = error

@@ -28,6 +28,7 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
     """Return every method of the wire, bound to `sandbox`."""
     commands = _Commands(sandbox)
     return {
+        "shim.ping": commands.ping,
         "sandbox.start": commands.start,
         "sandbox.state": commands.state,
         "sandbox.wait": commands.wait,
@@ -48,6 +49,9 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
 class _Commands:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
+
+    async def ping(self, call: Call) -> object:
+        return None
 
     async def start(self, call: Call) -> object:
         config = _field(call, "config", str, "")

@@ -151,9 +151,9 @@ def test_list(state: Path) -> None:
         b"a1      running  7    tcg          2024-01-01T00:00:00Z\n"
         b"b       unknown  -    -            -\n"
         b"silent  unknown  -    -            -\n",
-        b"",
+        b"silent: its shim does not answer within 2 s\n",
     )
-    assert (listed[0], listed[2]) == (0, b"")
+    assert (listed[0], listed[2]) == (0, text[2])
     assert [(one["id"], one["status"], one["pid"]) for one in json.loads(listed[1])] == [
         ("a1", "running", 7),
         ("b", "unknown", 0),
