@@ -138,10 +138,12 @@ class Hypervisor:
 class Factory:
     """[factory]"""
 
-    enable_template: bool = setting(False)
-    template_path: str = setting("/run/vc/vm/template", _path)
+    enable_template: bool = setting(False, acted=True)
+    template_path: str = setting("/run/vc/vm/template", _path, acted=True)
     vm_cache_number: int = setting(0, within(0, 1000))
     vm_cache_endpoint: str = setting("/var/run/kata-containers/cache.sock", _socket)
+    # Ours, beyond the documented fields:
+    template_wait: bool = setting(True, acted=True)
 
 
 @dataclass(frozen=True, slots=True)

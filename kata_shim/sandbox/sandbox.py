@@ -15,6 +15,7 @@ from kata_shim.agent import Input, Output
 from kata_shim.config import Config, find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
+from kata_shim.factory.launch import Launch
 from kata_shim.qemu.process import Process, find_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
@@ -92,21 +93,20 @@ class Sandbox:
         self._set_up_log(settings)
         if settings.not_acted_on:
             log.warning("set, but without effect in this version", fields=", ".join(settings.not_acted_on))
-        machine = self._machine = Machine(self.directory, settings, self._accelerators)
         self.record.config = str(path)
         await self._file.save()
 
         async def started(process: Process) -> None:
             self.record.pid, self.record.start_time = process.pid, process.start_time
-            self.record.accelerator = machine.accelerator
             await self._file.save()
 
-        await step("finding the accelerator")
-        await machine.choose_accelerator()
-        await machine.boot(self.id, self.record.uuid, started, step)
+        launch = Launch(self.directory, settings, self._accelerators)
+        machine = self._machine = await launch.run(self.id, self.record.uuid, started, step)
+        self.record.accelerator = machine.accelerator
         self._run(machine)
         await self._file.save()
         log.info("the sandbox runs", pid=self.record.pid, accelerator=machine.accelerator)
+        warnings = [*warnings, *launch.notes]
         if machine.accelerator == "tcg":
             found_out = settings.hypervisor.accelerator == "auto"
             why = "no usable KVM on this host" if found_out else "as configured"

@@ -261,6 +261,8 @@ class Machine:
     async def _start(self, spec: cmdline.MachineSpec, started: Started | None, files: Fds = ()) -> None:
         """Start QEMU and connect to its sockets; one that nobody is told of dies with us."""
         cid = guest_cid(spec.uuid) if self._hypervisor.use_vsock else 0
+        for name in SOCKETS:  # of a machine that did not come up
+            (self._near / f"{name}.sock").unlink(missing_ok=True)
         listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
         fds = {name: listener.fileno() for name, listener in listeners.items()}
         spec = replace(spec, qmp_fd=fds["qmp"], console_fd=fds["console"], guest_cid=cid)
