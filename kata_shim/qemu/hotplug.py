@@ -67,29 +67,33 @@ async def plug_nic(
     backend: Tap | BackEnd,
     *,
     msix: bool = True,
-    timeout: float = COMMAND_TIMEOUT,
+    answer_timeout: float = COMMAND_TIMEOUT,
     undo_timeout: float = UNPLUG_TIMEOUT,
 ) -> None:
     """Give the machine a virtio network card in `slot`; the guest finds it a little later.
 
-    Times are in seconds. On any failure, the caller's cancellation included, everything is taken back before
-    this returns; raises StuckDeviceError where the guest keeps the device in spite of that, else as
-    Monitor.execute. The caller keeps the back end's descriptors and closes them.
+    Times are in seconds, `answer_timeout` for each answer of QEMU's. On any failure, the caller's
+    cancellation included, everything is taken back before this returns; raises StuckDeviceError where the
+    guest keeps the device in spite of that, else as Monitor.execute. Only a QEMU that does not answer in time
+    is asked for nothing more: what it may have done yet is for unplug_nic, later. The caller keeps the back
+    end's descriptors and closes them.
     """
     names = NicNames(slot)
     queues = len(backend.fds) if isinstance(backend, Tap) else backend.queues
     card = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
     try:
         if isinstance(backend, Tap):
-            netdev = await _pass_tap(monitor, names, backend)
+            netdev = await _pass_tap(monitor, names, backend, answer_timeout)
             await _pipeline(
-                monitor, [("netdev_add", netdev.arguments), ("device_add", card.arguments)], timeout
+                monitor, [("netdev_add", netdev.arguments), ("device_add", card.arguments)], answer_timeout
             )
         else:
-            await _plug_vhost_user(monitor, names, backend, card, timeout)
+            await _plug_vhost_user(monitor, names, backend, card, answer_timeout)
     except BaseException as error:
+        if isinstance(error, ShimError) and error.code == "deadline-exceeded":
+            raise
         try:
-            await run_to_end(_unplug(monitor, names, undo_timeout, queues))
+            await run_to_end(_unplug(monitor, names, undo_timeout, answer_timeout, queues))
         except StuckDeviceError as stuck:
             raise StuckDeviceError(f"{error or 'cancelled'}; taking it back: {stuck}") from error
         except ShimError:
@@ -119,13 +123,15 @@ async def keep_plugged(
         await asyncio.wait((guarding,))
 
 
-async def unplug_nic(monitor: Monitor, slot: Slot, *, timeout: float = UNPLUG_TIMEOUT) -> None:
+async def unplug_nic(
+    monitor: Monitor, slot: Slot, *, timeout: float = UNPLUG_TIMEOUT, answer_timeout: float = COMMAND_TIMEOUT
+) -> None:
     """Take the card in `slot` away, or whatever part of one is there; nothing there is fine.
 
     Waits up to `timeout` seconds for the guest to let go of the device. Once begun it runs to its end even if
     the caller is cancelled, who then is cancelled after it. Raises StuckDeviceError, or as Monitor.execute.
     """
-    await run_to_end(_unplug(monitor, NicNames(slot), timeout))
+    await run_to_end(_unplug(monitor, NicNames(slot), timeout, answer_timeout))
 
 
 async def nic_present(monitor: Monitor, slot: Slot) -> bool:
@@ -153,11 +159,11 @@ async def _plug_again(monitor: Monitor, slot: Slot, mac: str, queues: int, msix:
             await events.next()
 
 
-async def _pass_tap(monitor: Monitor, names: NicNames, tap: Tap) -> Netdev:
+async def _pass_tap(monitor: Monitor, names: NicNames, tap: Tap, timeout: float) -> Netdev:
     passed = [(names.tap_fd(queue), fd) for queue, fd in enumerate(tap.fds)]
     vhost = [(names.vhost_fd(queue), fd) for queue, fd in enumerate(tap.vhost_fds)]
     for name, fd in passed + vhost:
-        await monitor.pass_fd(name, fd)
+        await monitor.pass_fd(name, fd, timeout=timeout)
     return tap_netdev(names.netdev, [name for name, _ in passed], [name for name, _ in vhost])
 
 
@@ -166,7 +172,7 @@ async def _plug_vhost_user(
 ) -> None:
     netdev = vhost_user_netdev(names.netdev, names.chardev, backend.queues)
     # netdev_add connects again, for ever, when the back end hangs up; so by then there is nothing there.
-    async with monitor.lend_fd(backend.fd) as fd:
+    async with monitor.lend_fd(backend.fd, timeout=timeout) as fd:
         chardev = ClientSocket(names.chardev, f"/proc/self/fd/{fd}")
         await monitor.execute("chardev-add", chardev.arguments, timeout=timeout)
     await _pipeline(monitor, [("netdev_add", netdev.arguments), ("device_add", card.arguments)], timeout)
@@ -182,12 +188,14 @@ async def _pipeline(
             raise result
 
 
-async def _unplug(monitor: Monitor, names: NicNames, timeout: float, queues: int = 0) -> None:
+async def _unplug(
+    monitor: Monitor, names: NicNames, timeout: float, answer_timeout: float, queues: int = 0
+) -> None:
     async with monitor.events(
         "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", accept=lambda data: data.get("device") == names.device
     ) as events:
         try:
-            await monitor.execute("device_del", {"id": names.device})
+            await monitor.execute("device_del", {"id": names.device}, timeout=answer_timeout)
         except CommandError as error:
             # A guest that was asked before and has not answered yet: its answer is the one to wait for.
             pending = "already in the process of unplug" in error.message

@@ -115,17 +115,17 @@ class Monitor:
         except QMPError as error:
             raise ShimError("internal", f"QEMU, {command}: {_first_line(error)}") from error
 
-    async def pass_fd(self, name: str, fd: int) -> None:
+    async def pass_fd(self, name: str, fd: int, *, timeout: float = COMMAND_TIMEOUT) -> None:
         """Give QEMU a duplicate of `fd` under `name` (QMP `getfd`); a descriptor of that name is replaced.
 
         The caller keeps its own. Raises as `execute`.
         """
         async with self._fd_lock:
             self._send_fd(fd)
-            await run_to_end(self.execute("getfd", {"fdname": name}))
+            await run_to_end(self.execute("getfd", {"fdname": name}, timeout=timeout))
 
     @asynccontextmanager
-    async def lend_fd(self, fd: int) -> AsyncIterator[int]:
+    async def lend_fd(self, fd: int, *, timeout: float = COMMAND_TIMEOUT) -> AsyncIterator[int]:
         """Let QEMU have a duplicate of `fd` while the body runs (QMP `add-fd`), and yield its number there.
 
         Raises as `execute`.
@@ -134,12 +134,12 @@ class Monitor:
         try:
             async with self._fd_lock:
                 self._send_fd(fd)
-                added = await run_to_end(self.execute("add-fd", fdset))
+                added = await run_to_end(self.execute("add-fd", fdset, timeout=timeout))
             assert isinstance(added, dict)
             yield added["fd"]
         finally:
             with suppress(ShimError):
-                await run_to_end(self.execute("remove-fd", fdset))
+                await run_to_end(self.execute("remove-fd", fdset, timeout=timeout))
 
     def _send_fd(self, fd: int) -> None:
         """Send a descriptor. QEMU keeps only the last, so a command must take it before the next comes."""

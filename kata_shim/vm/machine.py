@@ -22,7 +22,7 @@ from kata_shim.contract.interface import Interface
 from kata_shim.errors import ShimError
 from kata_shim.qemu import accelerator, cmdline, hotplug, migration, tap, vhost_user
 from kata_shim.qemu.console import Console
-from kata_shim.qemu.monitor import Monitor
+from kata_shim.qemu.monitor import COMMAND_TIMEOUT, Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.topology import Slot
 from kata_shim.vm.spec import describe, topology
@@ -53,6 +53,8 @@ class Machine:
         """Prepare the sandbox in `directory`; `accelerators` is the file that remembers trials."""
         self._hypervisor = hypervisor = config.hypervisor
         self._patience = hypervisor.hotplug_timeout  # seconds
+        # Of a QEMU that stands still two answers are awaited: to the plugging, and to its undoing.
+        self._answer_timeout = min(self._patience / 2, COMMAND_TIMEOUT)
         self.topology = topology(hypervisor)
         self.accelerator = ""
         self._cpu_model = hypervisor.cpu_model
@@ -196,10 +198,7 @@ class Machine:
     async def _plug_tap(self, interface: Interface, slot: Slot) -> None:
         vhost = not self._hypervisor.disable_vhost_net
         with tap.open_tap(interface.device, interface.queue_pairs, vhost=vhost) as backend:
-            await together(
-                self.taps.set_mtu(interface),
-                hotplug.plug_nic(self.monitor, slot, interface.hw_addr, backend, undo_timeout=self._patience),
-            )
+            await together(self.taps.set_mtu(interface), self._plug(interface, slot, backend))
 
     async def _plug_vhost_user(self, interface: Interface, slot: Slot) -> None:
         if not self._hypervisor.shared_memory:
@@ -210,9 +209,20 @@ class Machine:
             )
         msix = await self._msix(interface)
         with await vhost_user.find(interface.vhost_user_socket, interface.queue_pairs) as backend:
-            await hotplug.plug_nic(
-                self.monitor, slot, interface.hw_addr, backend, msix=msix, undo_timeout=self._patience
-            )
+            await self._plug(interface, slot, backend, msix=msix)
+
+    async def _plug(
+        self, interface: Interface, slot: Slot, backend: tap.Tap | vhost_user.BackEnd, *, msix: bool = True
+    ) -> None:
+        await hotplug.plug_nic(
+            self.monitor,
+            slot,
+            interface.hw_addr,
+            backend,
+            msix=msix,
+            answer_timeout=self._answer_timeout,
+            undo_timeout=self._patience,
+        )
 
     async def _msix(self, interface: Interface) -> bool:
         """Whether the card may have MSI-X: QEMU before 10 crashes when TCG meets vhost-user and MSI-X."""
@@ -224,7 +234,9 @@ class Machine:
         if self.gone.done():
             return
         try:
-            await hotplug.unplug_nic(self.monitor, slot, timeout=self._patience)
+            await hotplug.unplug_nic(
+                self.monitor, slot, timeout=self._patience, answer_timeout=self._answer_timeout
+            )
         except ShimError as error:
             raise await self.explain(error) from None
 
