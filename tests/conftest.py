@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import Runtime, World, leftovers, settle
+from tests.support import Runtime, World, leftovers, settle, shipped
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def pytest_sessionstart() -> None:
@@ -30,13 +28,15 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture(scope="session")
 def root() -> Iterator[Path]:
-    """The root of state of the whole run."""
+    """The root of state of the whole run, with its template; a tmpfs, as /run is on most hosts."""
     path = Path(f"/run/kata-shim-test.{os.getpid()}")
-    path.mkdir(mode=0o700)
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "kata-shim-test", path], check=True)
     yield path
     settle(path)
     remaining = leftovers(path)
-    shutil.rmtree(path)
+    subprocess.run(["umount", path], check=True)
+    path.rmdir()
     assert not remaining.processes, f"left running: {remaining.processes}"
 
 
@@ -53,4 +53,4 @@ def nothing_left_behind(root: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def runtime(root: Path) -> Runtime:
     """The CLI on the run's root, with the shipped configuration.toml."""
-    return Runtime(root, PROJECT / "configuration.toml")
+    return Runtime(root, shipped(root))

@@ -64,10 +64,15 @@ class Started:
         return bool(data)
 
 
-def write_config(path: Path, /, **fields: str | int | bool) -> Path:
-    """Write a configuration.toml that sets these fields of [hypervisor.qemu] and leaves the others out."""
-    lines = (f"{name} = {json.dumps(value)}" for name, value in fields.items())
-    path.write_text("\n".join(["[hypervisor.qemu]", *lines, ""]))
+def write_config(path: Path, template: Path | None = None, /, **fields: str | int | bool) -> Path:
+    """Write a configuration.toml that sets these fields of [hypervisor.qemu] and leaves the others out.
+
+    With a directory for the `template` the sandbox is cloned, else it boots.
+    """
+    lines = ["[hypervisor.qemu]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())]
+    if template is not None:
+        lines += ["[factory]", "enable_template = true", f'template_path = "{template}"']
+    path.write_text("\n".join([*lines, ""]))
     return path
 
 

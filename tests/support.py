@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 BIN = Path(sys.executable).parent
+PROJECT = Path(__file__).resolve().parent.parent
 ENDING = 5.0  # seconds
 
 
@@ -115,6 +116,14 @@ class World:
         """What is here and was not there before."""
         new = {each.name: getattr(self, each.name) - getattr(before, each.name) for each in fields(self)}
         return World(**new)
+
+
+def shipped(root: Path) -> Path:
+    """Return the shipped configuration.toml, its template kept with the run's other state."""
+    path = root / "configuration.toml"
+    text = (PROJECT / "configuration.toml").read_text()
+    path.write_text(text.replace("/run/vc/vm/template", f"{root}/template"))
+    return path
 
 
 def leftovers(root: Path) -> World:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from kata_shim import log
@@ -54,16 +55,18 @@ class Launch:
                         raise
                     return True
             await step("making the template")
-            wait = factory.template_wait
-            if not await templates.make(identity, hypervisor.default_memory, self._boot_template, wait=wait):
+            boot = partial(self._boot_template, step)
+            if not await templates.make(
+                identity, hypervisor.default_memory, boot, wait=factory.template_wait
+            ):
                 return False
         return False
 
-    async def _boot_template(self, directory: Path) -> None:
+    async def _boot_template(self, step: Step, directory: Path) -> None:
         machine = await self._machine(directory)
         state = os.open(directory / "state", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            await machine.boot_template(directory / "memory", state)
+            await machine.boot_template(directory / "memory", state, step)
         finally:
             os.close(state)
 

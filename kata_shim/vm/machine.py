@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 from kata_shim import log
 from kata_shim.agent import Agent
@@ -100,14 +101,15 @@ class Machine:
             await self._open_agent(self._hypervisor.agent_timeout)
             await self._make_its_own(name)
 
-    async def boot_template(self, memory: Path, state: int) -> None:
+    async def boot_template(self, memory: Path, state: int, step: Step) -> None:
         """Boot a guest that is nobody's, its memory in the file `memory`, save it to `state`, and end.
 
         Its QEMU dies with this process. Raises as `boot`.
         """
-        spec = replace(self.describe(), name="template", memory_path=str(memory), shared_memory=True)
+        spec = replace(self.describe(), name="template", uuid=str(uuid4()))  # so is its vsock context id
         try:
-            await self._start(spec, None)
+            await self._start(replace(spec, memory_path=str(memory), shared_memory=True), None)
+            await step("booting the template")
             await self._open_agent(self._hypervisor.agent_timeout)
             await self.agent.close()
             await self._unless_gone(migration.save(self.monitor, state))

@@ -25,8 +25,12 @@ print(json.dumps({"most": channels[4], "now": channels[8]}))
 
 @contextmanager
 def booted(runtime: Runtime, directory: Path, sandbox_id: str, **fields: str | int | bool) -> Iterator[Guest]:
-    """Run a sandbox with these fields of [hypervisor.qemu], emulated: its trial of KVM is another test's."""
-    config = write_config(directory / f"{sandbox_id}.toml", accelerator="tcg", **fields)
+    """Run a sandbox with these fields of [hypervisor.qemu], a clone of what another test booted if it can be.
+
+    Emulated: its trial of KVM is another test's.
+    """
+    template = None if "path" in fields else runtime.root / "template"
+    config = write_config(directory / f"{sandbox_id}.toml", template, accelerator="tcg", **fields)
     started = runtime("run", "--detach", "--config", str(config), sandbox_id)
     assert (started.status, started.stdout) == (0, ""), started
     try:

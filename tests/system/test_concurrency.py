@@ -15,9 +15,8 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from tests.conftest import PROJECT
 from tests.live import Live, host_links, live
-from tests.support import Runtime
+from tests.support import Runtime, shipped
 from tests.system.network import address, compact, nic
 from tests.wire import PATIENCE, Wire
 
@@ -35,7 +34,7 @@ LOST_THE_RACE = {"already-exists", "not-found", "failed-precondition", "invalid-
 async def sandbox(root: Path) -> AsyncIterator[Live]:
     """One sandbox for all tests here."""
     (root / "sandboxes" / "storm").mkdir(parents=True, mode=0o700)
-    async with live(root, "storm", PROJECT / "configuration.toml") as running:
+    async with live(root, "storm", shipped(root)) as running:
         yield running
 
 

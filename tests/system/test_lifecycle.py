@@ -16,13 +16,12 @@ import pytest
 
 import kata_shim
 from tests.started import CLEARED, Started, kill, shims, taken, watched, write_config
-from tests.support import Guest, Result, Runtime
+from tests.support import Guest, Result, Runtime, shipped
 
 # Every character that an id may have, in two ids of the greatest length.
 LONG_ID = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_.-0123456789" + "a" * 25
 OTHER_ID = "abcdefghijklmnopqrstuvwxyz" + "-" * 38
 EMULATED = "no usable KVM on this host: QEMU emulates (TCG), which is slow\n"
-PROJECT = Path(kata_shim.__file__).parent.parent
 STEPS = ("finding the accelerator", "starting QEMU", "booting the guest")
 
 
@@ -31,7 +30,7 @@ def runtime(root: Path) -> Iterator[Runtime]:
     """The CLI on a root of its own: these tests look at all that is there."""
     own = root / "lifecycle"
     own.mkdir(mode=0o700)
-    yield Runtime(own, PROJECT / "configuration.toml")
+    yield Runtime(own, shipped(root))
     assert os.listdir(own / "sandboxes") == []
     shutil.rmtree(own)
 

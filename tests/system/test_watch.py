@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from kata_shim.sandbox.sandbox import MAX_WATCHED
-from tests.conftest import PROJECT
 from tests.live import Live, live
+from tests.support import shipped
 from tests.system.network import address, nic
 from tests.wire import Wire
 
@@ -25,7 +25,7 @@ RUNNING = {"event": "state", "state": "running"}
 async def sandbox(root: Path) -> AsyncIterator[Live]:
     """One sandbox for all tests here; the last ones end it."""
     (root / "sandboxes" / "watched").mkdir(parents=True, mode=0o700)
-    async with live(root, "watched", PROJECT / "configuration.toml") as running:
+    async with live(root, "watched", shipped(root)) as running:
         yield running
 
 
