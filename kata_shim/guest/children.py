@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from kata_shim.errors import ShimError, invalid
 
@@ -20,10 +21,16 @@ class Child:
     def __init__(self, process: subprocess.Popen[bytes], exited: asyncio.Future[int]) -> None:
         self.process = process
         self.exited = exited
+        self.survived = True  # by its process group
 
     def kill(self, number: int) -> None:
-        """Send a signal to the process group; nothing happens once the process has been reaped."""
-        if not self.exited.done():
+        """Send a signal to the process group, also to what is left of it when the process itself has ended.
+
+        Linux gives no process a number that a group has. So where one has it now, the group is gone.
+        """
+        if self.exited.done() and (not self.survived or os.path.exists(f"/proc/{self.process.pid}")):
+            return
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
@@ -102,4 +109,13 @@ class Children:
             if child := self._running.pop(pid, None):
                 code = os.waitstatus_to_exitcode(status)
                 child.process.returncode = code
+                child.survived = _is_group(pid)
                 child.exited.set_result(code if code >= 0 else 128 - code)
+
+
+def _is_group(number: int) -> bool:
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -183,7 +183,7 @@ class Commands:
         return guest_pb2.WaitCommandResponse(status=status)
 
     async def kill_command(self, request: guest_pb2.KillCommandRequest) -> Empty:
-        """Send a signal to the command's process group; nothing happens when the command has ended."""
+        """Send a signal to the command's process group; nothing happens when all of it has ended."""
         command = self._find(request.command_id)
         if not 1 <= request.signal < signal.NSIG:
             raise invalid(f"signal: {request.signal} is not within 1..{signal.NSIG - 1}")

@@ -239,6 +239,14 @@ class TestCommands:
         await call(client, "KillCommand", KillCommandRequest(command_id=command, signal=signal.SIGKILL))
         assert await finish(client, command) == (128 + signal.SIGKILL, b"", b"")
 
+    async def test_killing_takes_what_a_command_has_left_behind(self, client: Client) -> None:
+        command = await start(client, "sh", "-c", "sleep 60 & echo $!")
+        request = ReadOutputRequest(command_id=command, stream=STDOUT, len=100)
+        pid = int((await call(client, "ReadOutput", request)).data)
+        assert (await call(client, "WaitCommand", WaitCommandRequest(command_id=command))).status == 0
+        await call(client, "KillCommand", KillCommandRequest(command_id=command, signal=signal.SIGKILL))
+        await gone(pid)
+
     @pytest.mark.parametrize(
         ("request_", "code", "message"),
         [
