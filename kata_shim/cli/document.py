@@ -79,6 +79,13 @@ def _float(text: str) -> float:
     return value
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # sys.set_int_max_str_digits
+        raise ValueError(f"{text[:64]} has more digits than any number here") from None
+
+
 class _Rules:
     """What the scanner asks: RFC 8259, and no more."""
 
@@ -86,7 +93,7 @@ class _Rules:
     object_hook = None
     object_pairs_hook = staticmethod(_pairs)
     parse_float = staticmethod(_float)
-    parse_int = int
+    parse_int = staticmethod(_integer)
     parse_constant = staticmethod(_constant)
     memo: dict[str, str] = {}  # noqa: RUF012 - the scanner clears it
 
@@ -107,7 +114,13 @@ def _check(name: str, text: str) -> None:
     import json
 
     try:
-        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
+        value = json.loads(
+            text,
+            object_pairs_hook=_pairs,
+            parse_constant=_constant,
+            parse_float=_float,
+            parse_int=_integer,
+        )
         json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise invalid(f"{_place(name, text, error.pos)}: {error.msg[0].lower()}{error.msg[1:]}") from None

@@ -122,6 +122,8 @@ def _run(tokens: list[str]) -> int:
     try:
         name, rest, root = _find_command(tokens)
         if name == "help":
+            if rest and rest[0] not in (*COMMANDS, "help"):
+                raise UsageError(f"{rest[0]}: unknown command")
             write(1, _help(rest[0] if rest else "").encode())
             return 0
         command = COMMANDS[name]

@@ -72,6 +72,8 @@ def test_version(state: Path, words: list[str]) -> None:
     [
         ([], "kata-runtime: which command?"),
         (["frob"], "kata-runtime: frob: unknown command"),
+        (["help", "frob"], "kata-runtime: frob: unknown command"),
+        (["--help", "frob"], "kata-runtime: frob: unknown command"),
         (["--frob", "list"], "kata-runtime: --frob: unknown flag"),
         (["--root"], "kata-runtime: --root: needs a value"),
         (["list", "x"], "kata-runtime list: unexpected argument x"),

@@ -186,6 +186,7 @@ def test_misuse(state: Path, words: list[str], message: str) -> None:
         (b'{"a":\n"NaN",\n"b": NaN}', "stdin:3:6: NaN is not JSON"),
         (b"[-Infinity]", "stdin:1:2: -Infinity is not JSON"),
         (b"[1,\n 1e999]", "stdin:2:2: 1e999 is beyond every number"),
+        (b"[1,\n -%s]" % (b"7" * 5000), f"stdin:2:2: -{'7' * 63} has more digits than any number here"),
         (b'{"a":1,"a":2}', "stdin: the key 'a' stands twice in one object"),
         (b'["\\ud800"]', "stdin: half a surrogate pair: '\\ud800'"),
         (b'{"a":\n\xff}', "stdin:2:1: byte 0xff is not UTF-8"),
