@@ -20,7 +20,7 @@ from typing import Any
 
 from kata_shim.errors import ShimError
 from kata_shim.netconf import link
-from kata_shim.qemu import hotplug, tap
+from kata_shim.qemu import hotplug, tap, vhost_user
 from kata_shim.qemu.monitor import CommandError
 from tests.live import Live
 
@@ -98,6 +98,7 @@ class Hands:
             (network._file, "save", "save"),
             (link, "find", "find"),
             (link, "ensure", "ensure"),
+            (vhost_user, "_ask", "ask"),
         ]
         called: list[tuple[Any, str]] = [
             (machine.topology, "allocate"),
@@ -149,6 +150,11 @@ async def refused(step: Step) -> Any:
     """An error, and nothing is done."""
     if step.kind == "getfd":  # QEMU has the descriptor already, and closes it when it refuses the name
         return await step.call("getfd", {"fdname": "0"})
+    if step.kind == "add-fd":  # likewise
+        return await step.call("add-fd", {"fdset-id": -1})
+    if step.kind == "remove-fd":  # it refuses only what is not there
+        await step.make()
+        return await step.make()
     if "_" in step.kind or "-" in step.kind:
         raise CommandError(step.kind, "GenericError", "refused by the test")
     raise ShimError("internal", f"{step.name}: refused by the test")

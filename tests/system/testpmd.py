@@ -22,7 +22,8 @@ READY = "Press enter to exit"
 class Switch:
     """A running testpmd; what it prints is always read, for it stands still while it cannot print."""
 
-    def __init__(self, terminal: int) -> None:
+    def __init__(self, terminal: int, pid: int) -> None:
+        self.pid = pid
         self._terminal = terminal
         self._said = ""
         self._more = threading.Condition()
@@ -59,7 +60,7 @@ def switch(socket: Path, queues: int = 1) -> Iterator[Switch]:
     command += ["--total-num-mbufs=8192", "--nb-cores=1", "--port-topology=paired"]
     process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True)
     os.close(other)
-    running = Switch(terminal)
+    running = Switch(terminal, process.pid)
     try:
         running.until(READY)
         ip("address", "add", f"{HOST}/24", "dev", "pmdtap")
