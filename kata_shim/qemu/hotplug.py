@@ -134,6 +134,19 @@ async def unplug_nic(
     await run_to_end(_unplug(monitor, NicNames(slot), timeout, answer_timeout))
 
 
+async def drop_lost_tap(monitor: Monitor, slot: Slot, *, timeout: float = COMMAND_TIMEOUT) -> None:
+    """Remove the back end of the card in `slot`, whose tap has gone from the host, before unplug_nic.
+
+    A guest that lets go of a card gives its queues back first. QEMU (at least up to 7.2) asserts that the tap
+    takes them, unless the card has no back end any more. Raises as Monitor.execute; none there is fine.
+    """
+    try:
+        await monitor.execute("netdev_del", {"id": NicNames(slot).netdev}, timeout=timeout)
+    except CommandError as error:
+        if not _absent(error):
+            raise
+
+
 async def nic_present(monitor: Monitor, slot: Slot) -> bool:
     """Whether QEMU has a card in `slot`, be it one that the guest was asked to let go of."""
     names = NicNames(slot)

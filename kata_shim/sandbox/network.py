@@ -218,7 +218,7 @@ class Network:
 
     async def _remove(self, nic: Nic) -> None:
         """Unplug the NIC, or what part of it is there, and forget it; raises when the guest keeps it."""
-        await self._machine.unplug(nic.slot)
+        await self._machine.unplug(nic.interface, nic.slot)
         self._record.nics.remove(nic)
         self._machine.topology.free(nic.slot)
         self._devices.release(nic.interface.device)

@@ -231,16 +231,23 @@ class Machine:
         without = interface.vhost_user_socket and self.accelerator == "tcg"
         return not without or await self.monitor.version() >= (10, 0)
 
-    async def unplug(self, slot: Slot) -> None:
+    async def unplug(self, interface: Interface, slot: Slot) -> None:
         """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""
         if self.gone.done():
             return
         try:
+            if await self._has_lost_queues(interface):
+                await hotplug.drop_lost_tap(self.monitor, slot, timeout=self._answer_timeout)
             await hotplug.unplug_nic(
                 self.monitor, slot, timeout=self._patience, answer_timeout=self._answer_timeout
             )
         except ShimError as error:
             raise await self.explain(error) from None
+
+    async def _has_lost_queues(self, interface: Interface) -> bool:
+        if interface.vhost_user_socket or interface.queue_pairs < 2:
+            return False
+        return await self.taps.find(interface) is None
 
     async def introduce(self, interface: Interface, slot: Slot) -> None:
         """Hot-plug the NIC, and have the guest find it and bring it to what `interface` says.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import Guest, Runtime
-from tests.system.network import agree, booted, channels, cleared, done, link, nic, refused, tap
+from tests.system.network import agree, booted, channels, cleared, done, ip, link, nic, refused, tap
 
 CPUS = 2
 # The size of the MSI-X table, by the capability 0x11 of the NIC's PCI configuration (PCI 3.0, 6.8.2.3).
@@ -77,6 +77,15 @@ def check(guest: Guest, queues: int | None, count: int) -> None:
     if count > 1:
         assert queues_open("tap1") == count
     agree(guest)
+
+
+@pytest.mark.parametrize("queues", [1, 2, 5])
+def test_tap_deleted_on_the_host(guest: Guest, queues: int) -> None:
+    """The NIC can still be deleted, and added again."""
+    assert guest.network("add-iface", nic(1, queues=queues)).status == 0
+    ip("link", "delete", "tap1")
+    assert guest.network("del-iface", nic(1)) == done("null")
+    check(guest, queues, queues)
 
 
 @pytest.mark.parametrize("queues", [0, 1])
