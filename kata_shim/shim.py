@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 import sys
@@ -18,14 +17,18 @@ from kata_shim.contract.ids import check_id
 from kata_shim.errors import ShimError
 from kata_shim.faces.commands import methods
 from kata_shim.faces.jsonl import Server
+from kata_shim.qemu.process import raise_file_limit
 from kata_shim.sandbox.host import check
 from kata_shim.sandbox.sandbox import Sandbox
 
 USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N ID
        containerd-shim-kata-v2 check --root DIR [--config FILE]
+       containerd-shim-kata-v2 zygote --root DIR --listen-fd N
+       containerd-shim-kata-v2 factory init|status|destroy --root DIR [--config FILE] [--format text|json]
 
 Started by kata-runtime, not by hand: `serve` answers on an inherited listening socket, `check` prints what
-this host offers as one JSON object.
+this host offers as one JSON object, `zygote` forks shims for who connects to an inherited listening socket,
+`factory` is what `kata-runtime factory` becomes.
 """
 TROUBLE_TIMEOUT = 1.0  # seconds in which callers hear why the sandbox could not be taken over
 START_TIMEOUT = 30.0  # seconds; a shim that nobody asks for anything leaves nothing behind
@@ -71,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _serve(Path(options["--root"]), check_id(sandbox_id), int(options["--listen-fd"]))
         if command == "check" and not rest:
             return _check(Path(options["--root"]), options.get("--config", ""))
+        if command == "zygote" and not rest and options["--root"]:
+            return _zygote(int(options["--listen-fd"]))
+        if command == "factory" and len(rest) == 1:
+            root, config = Path(options["--root"]), options.get("--config", "")
+            return _factory(rest[0], root, config, options.get("--format", "text"))
     except (KeyError, ValueError):
         pass
     except ShimError as error:
@@ -94,9 +102,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
     os.chdir("/")
-    # QEMU inherits it: each queue of a NIC takes a descriptor or two.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_file_limit()
     log.setup(sandbox_id)
     listener = socket.socket(fileno=listen_fd)
     os.set_inheritable(listen_fd, False)
@@ -108,6 +114,27 @@ def _check(root: Path, config: str) -> int:
     found = asyncio.run(check(root, config))
     print(orjson.dumps(found).decode())
     return 0 if found["ok"] else 1
+
+
+def _zygote(listen_fd: int) -> int:
+    from kata_shim.factory import zygote  # only a zygote and its children have any use for it
+
+    log.setup("zygote")
+    os.set_inheritable(listen_fd, False)
+    zygote.serve(socket.socket(fileno=listen_fd), main)
+
+
+def _factory(word: str, root: Path, config: str, form: str) -> int:
+    from kata_shim.faces import factory  # only a factory has any use for it
+
+    command = factory.COMMANDS[word]
+    try:
+        return command(root, config, form)
+    except ShimError as error:  # kata-runtime's own words, which has become us
+        print(error.message, file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename or root}: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

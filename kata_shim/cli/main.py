@@ -97,6 +97,16 @@ COMMANDS = {
         flags={"--json": False, "--config": True},
         words=(0, 0),
     ),
+    "factory": Command(
+        "factory:factory",
+        "init|status|destroy [--config FILE] [--json]",
+        """keep sandboxes ready that `run` only has to take
+  init      make templates and VMs as configuration.toml's [factory] has it, until SIGINT or SIGTERM
+  status    tell what there is; with --json as one JSON object
+  destroy   end the factory and remove the templates""",
+        flags={"--config": True, "--json": False},
+        words=(0, 1),
+    ),
     "version": Command("check:version", "", "print the version", words=(0, 0)),
 }
 

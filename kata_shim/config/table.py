@@ -140,8 +140,8 @@ class Factory:
 
     enable_template: bool = setting(False, acted=True)
     template_path: str = setting("/run/vc/vm/template", _path, acted=True)
-    vm_cache_number: int = setting(0, within(0, 1000))
-    vm_cache_endpoint: str = setting("/var/run/kata-containers/cache.sock", _socket)
+    vm_cache_number: int = setting(0, within(0, 1000), acted=True)
+    vm_cache_endpoint: str = setting("/var/run/kata-containers/cache.sock", _socket, acted=True)
     # Ours, beyond the documented fields:
     template_wait: bool = setting(True, acted=True)
 

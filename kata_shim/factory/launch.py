@@ -1,4 +1,4 @@
-"""A sandbox's machine by the fastest way there is: a clone of the template, else a cold boot."""
+"""A sandbox's machine by the fastest way there is: out of the cache, cloned, or booted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from pathlib import Path
 from kata_shim import log
 from kata_shim.config import Config
 from kata_shim.errors import ShimError
-from kata_shim.factory.template import Templates, identify
+from kata_shim.factory.take import kind, take
+from kata_shim.factory.template import Identity, Templates, identify
 from kata_shim.vm.machine import Machine, Started, Step
 
 
 class Launch:
-    """The start of one sandbox; `notes` is what its caller should be told of the way it went."""
+    """The start of one machine.
+
+    `notes` is what its caller should be told of the way it went; `source` is that way: "cache", "template" or
+    "boot"; `uuid` is the machine's, which one out of the cache has brought with it.
+    """
 
     def __init__(self, directory: Path, config: Config, accelerators: Path) -> None:
         """Start in `directory`; `accelerators` is the file that remembers trials."""
@@ -22,23 +27,61 @@ class Launch:
         self._config = config
         self._accelerators = accelerators
         self.notes: list[str] = []
+        self.source = "boot"
+        self.uuid = ""
 
     async def run(self, name: str, uuid: str, started: Started, step: Step) -> Machine:
         """Return the machine with its agent answering; raises ShimError, and then no process is left.
 
-        `started` is called with each QEMU that is started; the last is the machine's.
+        `started` is called with each QEMU that is started or taken; the last is the machine's.
         """
         await step("finding the accelerator")
+        if (machine := await self._take(name, started, step)) is not None:
+            return machine
+        return await self.make(name, uuid, started, step)
+
+    async def make(self, name: str, uuid: str, started: Started, step: Step) -> Machine:
+        """As `run`, but a new machine, none out of the cache."""
+        self.uuid = uuid
         machine = await self._machine(self._directory)
         if self._config.factory.enable_template:
             try:
                 if await self._clone(machine, name, uuid, started, step):
+                    self.source = "template"
                     return machine
             except ShimError as error:
                 self.notes.append(f"no clone of the template, so the guest is booted: {error.message}")
                 log.warning("no clone", error=error.message)
                 machine = await self._machine(self._directory)
         await machine.boot(name, uuid, started, step)
+        return machine
+
+    async def make_template(self, step: Step) -> None:
+        """Make the template if there is none; raises ShimError."""
+        machine = await self._machine(self._directory)
+        try:
+            identity = identify(machine.describe())
+        finally:
+            await machine.close()
+        await self._make_template(identity, step, wait=True)
+
+    async def _take(self, name: str, started: Started, step: Step) -> Machine | None:
+        """Go on with a machine out of the cache; None when there is none that is as good as a new one."""
+        endpoint = Path(self._config.factory.vm_cache_endpoint)
+        if not self._config.factory.vm_cache_number or not os.access(endpoint, os.F_OK):
+            return None
+        await step("taking a VM from the cache")
+        machine = await self._machine(self._directory)
+        try:
+            parked = await take(endpoint, self._directory, kind(self._config, machine.describe()))
+            await machine.resume(name, parked.uuid, parked.pid, parked.start_time, started)
+        except BaseException as error:
+            await machine.close()
+            if not isinstance(error, ShimError):
+                raise
+            log.warning("none from the cache", error=error.message)
+            return None
+        self.source, self.uuid = "cache", parked.uuid
         return machine
 
     async def _clone(self, machine: Machine, name: str, uuid: str, started: Started, step: Step) -> bool:
@@ -54,13 +97,15 @@ class Launch:
                         templates.discard(identity)
                         raise
                     return True
-            await step("making the template")
-            boot = partial(self._boot_template, step)
-            if not await templates.make(
-                identity, hypervisor.default_memory, boot, wait=factory.template_wait
-            ):
+            if not await self._make_template(identity, step, wait=factory.template_wait):
                 return False
         return False
+
+    async def _make_template(self, identity: Identity, step: Step, *, wait: bool) -> bool:
+        await step("making the template")
+        templates = Templates(Path(self._config.factory.template_path))
+        boot = partial(self._boot_template, step)
+        return await templates.make(identity, self._config.hypervisor.default_memory, boot, wait=wait)
 
     async def _boot_template(self, step: Step, directory: Path) -> None:
         machine = await self._machine(directory)

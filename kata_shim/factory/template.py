@@ -139,6 +139,19 @@ class Templates:
             self._clear_outdated()
         return True
 
+    def listed(self) -> list[dict[str, object]]:
+        """Return the templates, the last used first: fingerprint, bytes in memory, seconds since made."""
+        found = []
+        with suppress(FileNotFoundError):
+            whole = self.path.glob("[!.]*/")
+            for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    files = [os.stat(path / name) for name in ("memory", "state")]
+                    age = round(time.time() - files[1].st_mtime)
+                    size = sum(file.st_blocks for file in files) * 512  # stat(2)'s unit
+                    found.append({"fingerprint": path.name, "bytes": size, "seconds": age})
+        return found
+
     async def clear(self) -> None:
         """Remove all templates and what was mounted for them; clones go on."""
         if not self._is_ours():

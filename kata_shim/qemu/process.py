@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Sequence
@@ -48,11 +49,15 @@ class Process:
             raise ShimError("not-found", f"process {pid} is gone: it has ended, or its pid is another's")
         return cls(pid, start_time, pidfd)
 
-    async def kill(self) -> None:
-        """Send SIGKILL and wait until the process has ended; one that has ended already is fine."""
+    def signal(self, number: int) -> None:
+        """Send a signal; a process that has ended already is fine."""
         if not self.exited.done():
             with suppress(ProcessLookupError):  # it has ended, and the loop has not told us yet
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def kill(self) -> None:
+        """Send SIGKILL and wait until the process has ended; one that has ended already is fine."""
+        self.signal(signal.SIGKILL)
         await asyncio.shield(self.exited)
 
     def close(self) -> None:
@@ -114,6 +119,12 @@ def spawn(
     return Process(pid, read_start_time(pid), os.pidfd_open(pid))
 
 
+def raise_file_limit() -> None:
+    """Let us, and each QEMU, which inherits it, have all files it may: a NIC's queue takes one or two."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def read_start_time(pid: int) -> int:
     """Return when a process started, in clock ticks after boot; 0 when there is none, or only its zombie."""
     try:
@@ -147,6 +158,17 @@ def find_by_log(*logs: Path) -> list[tuple[int, int]]:
         if entry.name.isdigit() and int(entry.name) != os.getpid() and _writes_to(entry, logs):
             found.append((int(entry.name), read_start_time(int(entry.name))))
     return found
+
+
+async def kill_by_log(*logs: Path) -> int:
+    """End every other process whose stdout is one of `logs`, and wait for it; return how many there were."""
+    found = find_by_log(*logs)
+    for pid, start_time in found:
+        with suppress(ShimError):  # it has ended by itself
+            process = Process.attach(pid, start_time)
+            await process.kill()
+            process.close()
+    return len(found)
 
 
 def _writes_to(process: Path, logs: Sequence[Path]) -> bool:

@@ -63,6 +63,7 @@ class Record:
     pid: int = 0
     start_time: int = 0  # of that pid, clock ticks after boot: proof against pid reuse
     accelerator: str = ""
+    source: str = ""  # how it was started: "boot", "template" or "cache"
     nics: list[Nic] = field(default_factory=list)
     unread: list[Any] = field(default_factory=list)  # NICs as a record has them, until `read_nics`
 
@@ -84,7 +85,7 @@ class Record:
 
 
 _EMPTY = Record("", "", "", "")
-_SCALARS = ("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator")
+_SCALARS = ("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator", "source")
 
 
 def load(path: Path) -> Record:
@@ -93,7 +94,7 @@ def load(path: Path) -> Record:
     Raises ShimError `data-loss` for a file that is not there, or that this program did not write.
     """
     try:
-        value: dict[str, Any] = orjson.loads(path.read_bytes())
+        value: dict[str, Any] = {"source": "boot", **orjson.loads(path.read_bytes())}  # once it had none
         record = Record(**{name: _same_kind(value[name], getattr(_EMPTY, name)) for name in _SCALARS})
         record.unread = _same_kind(value["nics"], [])
     except OSError as error:

@@ -16,7 +16,8 @@ from kata_shim.config import Config, find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
 from kata_shim.factory.launch import Launch
-from kata_shim.qemu.process import Process, find_by_log, read_start_time
+from kata_shim.factory.take import TAKEN
+from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
 from kata_shim.sandbox.lifecycle import Lifecycle
@@ -102,10 +103,13 @@ class Sandbox:
 
         launch = Launch(self.directory, settings, self._accelerators)
         machine = self._machine = await launch.run(self.id, self.record.uuid, started, step)
+        self.record.uuid, self.record.source = launch.uuid, launch.source
         self.record.accelerator = machine.accelerator
         self._run(machine)
         await self._file.save()
-        log.info("the sandbox runs", pid=self.record.pid, accelerator=machine.accelerator)
+        log.info(
+            "the sandbox runs", pid=self.record.pid, accelerator=machine.accelerator, source=launch.source
+        )
         warnings = [*warnings, *launch.notes]
         if machine.accelerator == "tcg":
             found_out = settings.hypervisor.accelerator == "auto"
@@ -222,13 +226,8 @@ class Sandbox:
 
     async def _kill_strays(self) -> None:
         """End a QEMU whose pid no record holds: a shim was killed too early, or the record is lost."""
-        for pid, start_time in find_by_log(self.directory / "shim.log", self.directory / "qemu.log"):
-            try:
-                process = Process.attach(pid, start_time)
-            except ShimError:
-                continue
-            await process.kill()
-            process.close()
+        logs = ("shim.log", f"{TAKEN}/qemu.log", "qemu.log")
+        await kill_by_log(*(self.directory / log for log in logs))
 
     # Use
 
@@ -326,6 +325,7 @@ class Sandbox:
             "shimPid": os.getpid(),
             "created": record.created,
             "accelerator": record.accelerator,
+            "source": record.source,
             "config": record.config,
             "ifaces": len(record.unread) + len(record.nics),
         }

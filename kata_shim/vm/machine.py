@@ -133,6 +133,22 @@ class Machine:
             await self._open_agent(CLONE_TIMEOUT)
             await self._make_its_own(name)
 
+    async def park(self) -> None:
+        """Have the guest stand still and let go of QEMU; `resume` goes on, in this process or another."""
+        await self.agent.close()
+        await self._unless_gone(self.monitor.execute("stop"))
+        await self.close()
+
+    async def resume(self, name: str, uuid: str, pid: int, start_time: int, started: Started) -> None:
+        """Go on with a parked QEMU whose sockets and log now lie here; else as `boot`."""
+        async with self._dead_unless_whole():
+            self.process = Process.attach(pid, start_time)
+            await started(self.process)
+            await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
+            await self._unless_gone(self.monitor.execute("cont"))
+            await self._open_agent(CLONE_TIMEOUT)
+            await self._make_its_own(name)
+
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
         """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended.
 

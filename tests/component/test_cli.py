@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quick
 
 USAGE = b"usage: kata-runtime [--root DIR] COMMAND [ARGUMENT]...\n"
 RUNNING = {"id": "a1", "state": "running", "pid": 7, "accelerator": "tcg", "created": "2024-01-01T00:00:00Z"}
-COMMANDS = ["run", "list", "state", "exec", "delete", "kata-network", "kata-check", "version"]
+COMMANDS = ["run", "list", "state", "exec", "delete", "kata-network", "kata-check", "factory", "version"]
 
 
 @pytest.fixture

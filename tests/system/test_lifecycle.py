@@ -215,6 +215,7 @@ def test_state(runtime: Runtime, guest: Guest, accelerator: str) -> None:
     assert f"{guest.id},debug-threads=on" in words
     assert [state["shimPid"]] == shims(runtime.root, guest.id)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", state["created"])
+    assert state["source"] in ("boot", "template")
     known = {
         "ociVersion": "1.0.2",
         "id": guest.id,
@@ -223,6 +224,7 @@ def test_state(runtime: Runtime, guest: Guest, accelerator: str) -> None:
         "shimPid": state["shimPid"],
         "created": state["created"],
         "accelerator": accelerator,
+        "source": state["source"],
         "config": str(runtime.config),
         "ifaces": 0,
     }
