@@ -84,6 +84,7 @@ def main() -> int:
                 return 2
         return 0
     system.expedite_rcu()
+    system.take_precedence()
     # Ctrl-Alt-Del reaches PID 1 as SIGINT.
     signal.signal(signal.SIGINT, lambda *_: None)
     while True:

@@ -92,7 +92,7 @@ class Interfaces:
                     event = await events.get()
                     # It may have had to make room for another since then.
                     if event is not None and is_at(name := link.name_of(event.index), path):
-                        return replace(event, name=name), True
+                        return event if name == event.name else replace(event, name=name), True
                     if event is None and (found := await self._look(path, mac)):
                         return found, False
         except asyncio.CancelledError:
@@ -145,11 +145,9 @@ class Interfaces:
     async def _ensure_link(self, found: Link, target: Link) -> None:
         # One at a time, as in the kernel: a name must not change hands between the look and the renaming.
         async with self._naming:
-            # It may have had to make room for another since it was found.
-            now = replace(found, name=link.name_of(found.index) or found.name)
             for _ in range(_NAMING_TRIES):
                 try:
-                    await self._set(now, target)
+                    await self._set(found, target)
                 except KernelError as error:
                     # The kernel gives a name that was just freed to the next interface that appears.
                     if error.errno != errno.EEXIST or not await self._make_room(target.name):

@@ -28,8 +28,9 @@ IFF_TAP = 2
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
+IFLA_EXT_MASK = 29
 _WANTED = (IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU)
-_EVENT = Struct("=16x4xiI4x")  # struct nlmsghdr, struct ifinfomsg: index, flags
+_MESSAGE = Struct("=16x4xiI4x")  # struct nlmsghdr, struct ifinfomsg: index, flags
 _REQUEST = Struct("=4xiII")  # struct ifinfomsg: index, flags, change
 _ATTRIBUTE = Struct("=HH")  # struct rtattr
 
@@ -108,13 +109,12 @@ def name_of(index: int) -> str:
 
 async def find(netlink: Netlink, name: str = "", index: int = 0) -> Link | None:
     """Return the link of that name or index."""
-    request = ifinfmsg()
-    request["index"] = index
-    request["attrs"] = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS)]
+    request = _REQUEST.pack(index, 0, 0)
+    request += attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS.to_bytes(4, sys.byteorder))
     if name:
-        request["attrs"].append(("IFLA_IFNAME", name))
+        request += attribute(IFLA_IFNAME, os.fsencode(name) + b"\0")
     try:
-        return from_message(await netlink.get(request, RTM_GETLINK, f"link {name or index}"))
+        return _unpack(await netlink.get(request, RTM_GETLINK, f"link {name or index}"))
     except KernelError as error:
         if error.errno == errno.ENODEV:
             return None
@@ -247,27 +247,27 @@ class Monitor:
         self._socket.close()
 
     def _read(self) -> None:
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                for queue in self._watchers:
-                    queue.put_nowait(None)
-                continue
-            for queue, mac in self._watchers.items():
-                if mac in data and (link := _from_event(data)).mac == mac.hex(":"):
-                    queue.put_nowait(link)
+        # One event at a time: whoever waits for this one is not to wait for a look whether there are more.
+        try:
+            data = self._socket.recv(_RECEIVE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            for queue in self._watchers:
+                queue.put_nowait(None)
+            return
+        for queue, mac in self._watchers.items():
+            if mac in data and (link := _unpack(data)).mac == mac.hex(":"):
+                queue.put_nowait(link)
 
 
-def _from_event(data: bytes) -> Link:
+def _unpack(data: bytes) -> Link:
     """Return the link that an RTM_NEWLINK is about; pyroute2 takes 2 ms for it in an emulated guest."""
-    index, flags = _EVENT.unpack_from(data)
+    index, flags = _MESSAGE.unpack_from(data)
     found: dict[int, bytes] = {}
-    at = _EVENT.size
+    at = _MESSAGE.size
     while at + _ATTRIBUTE.size <= len(data):
         length, name = _ATTRIBUTE.unpack_from(data, at)
         if name in _WANTED:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
@@ -15,6 +16,7 @@ from kata_shim.errors import ShimError
 # A pyroute2 message: fields and `attrs` by name. Requests that each NIC needs are packed by hand, into
 # bytes, without a header: in an emulated guest pyroute2 takes 1 ms to make one, which is most of its time.
 Message = Any
+Reader = Callable[[bytes], Iterable[Message]]
 
 # include/uapi/linux/netlink.h, socket.h
 NETLINK_ROUTE = 0
@@ -103,13 +105,14 @@ class Netlink:
         """Send a request that changes something; when this returns the kernel has done it."""
         self._exchange(message, kind, NLM_F_REQUEST | NLM_F_ACK | flags, what)
 
-    async def get(self, message: Message, kind: int, what: str) -> Message:
-        """Ask for one object."""
-        return self.get_now(message, kind, what)
-
     def get_now(self, message: Message, kind: int, what: str) -> Message:
         """Ask for one object, for a caller that is no coroutine."""
         return self._exchange(message, kind, NLM_F_REQUEST, what)[0]
+
+    async def get(self, message: bytes, kind: int, what: str) -> bytes:
+        """Ask for one object by a request that was packed by hand; return the kernel's message as it is."""
+        found: bytes = self._exchange(message, kind, NLM_F_REQUEST, what, lambda data: [data])[0]
+        return found
 
     async def dump(self, message: Message, kind: int, what: str) -> list[Message]:
         """Ask for all objects that match `message`; the answer is one consistent state."""
@@ -123,7 +126,9 @@ class Netlink:
         """Close the socket."""
         self._socket.close()
 
-    def _exchange(self, message: Message, kind: int, flags: int, what: str) -> list[Message]:
+    def _exchange(
+        self, message: Message, kind: int, flags: int, what: str, read: Reader | None = None
+    ) -> list[Message]:
         self._sequence = self._sequence % MAX_SEQUENCE + 1
         if isinstance(message, bytes):
             data = _HEADER.pack(_HEADER.size + len(message), kind, flags, self._sequence) + message
@@ -134,13 +139,14 @@ class Netlink:
         found: list[Message] = []
         try:
             self._socket.send(data)
-            while not self._take(self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT), flags, found, what):
+            read = read or self._marshal.parse
+            while not self._take(self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT), flags, found, what, read):
                 pass
         except OSError as error:
             raise KernelError(error.errno or errno.EIO, "", what) from error
         return found
 
-    def _take(self, data: bytes, flags: int, found: list[Message], what: str) -> bool:
+    def _take(self, data: bytes, flags: int, found: list[Message], what: str, read: Reader) -> bool:
         """Read one datagram of an answer; say whether it is the last."""
         offset = 0
         while offset < len(data):
@@ -149,7 +155,7 @@ class Netlink:
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
                     _raise_error(data[offset : offset + length], answer_flags, what)
                     return True
-                found += self._marshal.parse(data[offset : offset + length])
+                found += read(data[offset : offset + length])
             offset += (length + 3) & ~3
         return bool(found) and not flags & (NLM_F_ACK | NLM_F_DUMP)
 
