@@ -35,6 +35,16 @@ T = TypeVar("T")
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
+class _Client(QMPClient):
+    """The library's client without its debug log, for which it prints every message prettily, read or not."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+
 class CommandError(ShimError):
     """QEMU refused a command; `error_class` is QMP's (`GenericError`, `DeviceNotFound`, …)."""
 
@@ -73,7 +83,7 @@ class Monitor:
         when nobody answers, or not with QMP, or not in time.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        client = QMPClient()
+        client = _Client()
         # The library keeps every event for readers of `client.events`, for ever; nobody reads there.
         client.events.event_filter = lambda _event: False
         try:
