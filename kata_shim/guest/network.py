@@ -157,9 +157,12 @@ class Interfaces:
         raise ShimError("aborted", f"the name {target.name} went to {_NAMING_TRIES} new interfaces in a row")
 
     async def _make_room(self, name: str) -> bool:
-        """Take a name off a link that still has it from the kernel; say whether it is free now."""
+        """Take a name off a link that still has it from the kernel; say whether it is free now.
+
+        One that anybody has named, an update here for one, keeps its name, and so does one that is in use.
+        """
         holder = await link.find(self._netlink, name)
-        if holder is None or holder.up:
+        if holder is None or holder.up or not link.is_named_by_kernel(name):
             return holder is None
         await link.ensure(self._netlink, holder, name=f"new{holder.index}", up=False)
         return True

@@ -25,6 +25,7 @@ RTMGRP_LINK = 1
 RTEXT_FILTER_SKIP_STATS = 8
 IFF_UP = 1
 IFF_TAP = 2
+NET_NAME_ENUM = 1  # include/uapi/linux/netdevice.h
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
@@ -105,6 +106,19 @@ def name_of(index: int) -> str:
         return socket.if_indextoname(index)
     except OSError:
         return ""
+
+
+def is_named_by_kernel(name: str) -> bool:
+    """Whether the link of that name has it from the kernel's own counting, and nobody has named it since.
+
+    Reference: Documentation/ABI/testing/sysfs-class-net, name_assign_type. It sees the network namespace that
+    /sys was mounted in; False where there is no such link.
+    """
+    try:
+        with open(f"/sys/class/net/{name}/name_assign_type", "rb") as file:
+            return int(file.read()) == NET_NAME_ENUM
+    except OSError:  # EINVAL: the driver does not say
+        return False
 
 
 async def find(netlink: Netlink, name: str = "", index: int = 0) -> Link | None:

@@ -54,6 +54,11 @@ def namespace() -> Iterator[None]:
         yield
 
 
+def mac_of(name: str) -> str:
+    """The hardware address of a link."""
+    return ip(f"-o link show {name}").split("link/ether ")[1].split()[0]
+
+
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[Client]:
     """A client of an agent of its own."""
@@ -61,7 +66,9 @@ async def client(tmp_path: Path) -> AsyncIterator[Client]:
         listener.bind(str(tmp_path / "agent.sock"))
         listener.listen()
         arguments = ["-m", "kata_shim.guest.main", "--listen-fd", str(listener.fileno())]
-        command = ["unshare", "--uts", sys.executable, "-W", "error", *arguments]
+        # /sys shows the network namespace that it was mounted in.
+        see_links = ["sh", "-c", 'mount -t sysfs sysfs /sys && exec "$@"', "sh"]
+        command = ["unshare", "--uts", "--mount", *see_links, sys.executable, "-W", "error", *arguments]
         agent = await asyncio.create_subprocess_exec(*command, pass_fds=[listener.fileno()])
     async with await Client.connect(tmp_path / "agent.sock") as connected:
         yield connected
@@ -113,13 +120,21 @@ class TestNetwork:
         assert "fd00::3/64" in ip("addr show dev nic")
 
     async def test_two_that_change_names(self, client: Client) -> None:
-        ip("link set peer down")
-        other = ip("-o link show peer").split("link/ether ")[1].split()[0]
-        first = self.wanted("10.1.0.1/16", name="peer")
-        second = self.wanted("10.2.0.1/16", name="nic", hwAddr=other)
+        """Both have them from the kernel, which counts in the order that it found them in."""
+        ip("link add type veth")
+        one, two = mac_of("veth0"), mac_of("veth1")
+        first = self.wanted("10.1.0.1/16", name="veth1", hwAddr=one)
+        second = self.wanted("10.2.0.1/16", name="veth0", hwAddr=two)
         await asyncio.gather(call(client, "UpdateInterface", first), call(client, "UpdateInterface", second))
-        assert MAC in ip("link show peer")
-        assert other in ip("link show nic")
+        assert (mac_of("veth0"), mac_of("veth1")) == (two, one)
+
+    async def test_a_name_that_was_given_stays(self, client: Client) -> None:
+        """Also that of a link which is down."""
+        ip("link set peer down")
+        before = ip("-br link")
+        found = await refused(client, "UpdateInterface", self.wanted(name="peer"))
+        assert found[0] == "already-exists"
+        assert ip("-br link") == before
 
     async def test_renaming_keeps_the_routes(self, client: Client) -> None:
         addresses = ("172.16.0.3/16", "fd00::3/64")
