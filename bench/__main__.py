@@ -23,6 +23,7 @@ CASES = {
 }
 ROUNDS = 15
 README = Path(__file__).with_name("README.md")
+WATERFALL = README.with_name("waterfall.md")  # written by hand
 HEAD = """# What it costs
 
 Medians of interleaved rounds, in one run of
@@ -56,7 +57,8 @@ def main() -> None:
     table = _table(found)
     print(table)
     if given.write:
-        README.write_text(HEAD.format(rounds=given.rounds, machine=machine) + "\n" + table + "\n")
+        head = HEAD.format(rounds=given.rounds, machine=machine)
+        README.write_text("\n".join([head, table, "", WATERFALL.read_text()]).rstrip("\n") + "\n")
 
 
 def _table(found: list[Comparison]) -> str:
