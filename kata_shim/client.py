@@ -6,12 +6,12 @@ is therefore not used here.
 
     <root>/sandboxes/<id>/   shim.sock  the shim listens here          lock      taken by who starts a shim
                              shim.log   its stdout and stderr          record.json   what the sandbox owns
+    <root>/factory/          zygote.sock   where a process listens, if the factory runs, that forks shims
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 # socket.py turns every constant into an enum, which takes as long as a bare interpreter takes to start.
 from _socket import AF_UNIX, SOCK_STREAM, socket
@@ -30,7 +30,6 @@ CANCEL_TIMEOUT = 20.0
 DEFAULT_ROOT = "/run/kata-shim"
 
 _ID_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
-_SIGNALS_OF_A_SHELL = (1, 2, 3, 13, 15, 17)  # HUP INT QUIT PIPE TERM CHLD: a caller may ignore or block them
 
 
 def is_id(text: str) -> bool:
@@ -279,28 +278,42 @@ def _dial(directory: str) -> socket | None:
     """Return a socket connected to the shim of `directory`, or None where nobody listens."""
     sock = socket(AF_UNIX, SOCK_STREAM)
     try:
-        _at_path(directory, sock.connect)
+        _at_path(directory, "shim.sock", sock.connect)
     except (ConnectionRefusedError, FileNotFoundError):
         sock.close()
         return None
     return sock
 
 
-def _at_path(directory: str, act: Callable[[str], None]) -> None:
-    """Call `act` with a path of the directory's shim.sock that fits into a socket address (unix(7))."""
-    path = f"{directory}/shim.sock"
+def _dial_zygote(root: str) -> socket | None:
+    """Return a socket connected to the factory's zygote, or None; it does not wait."""
+    sock = socket(AF_UNIX, SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        _at_path(f"{root}/factory", "zygote.sock", sock.connect)
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def _at_path(directory: str, name: str, act: Callable[[str], None]) -> None:
+    """Call `act` with a path of the directory's socket that fits into a socket address (unix(7))."""
+    path = f"{directory}/{name}"
     if len(os.fsencode(path)) <= MAX_SUN_PATH:
         act(path)
         return
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        act(f"/proc/self/fd/{descriptor}/shim.sock")
+        act(f"/proc/self/fd/{descriptor}/{name}")
     finally:
         os.close(descriptor)
 
 
 def _start_shim(root: str, sandbox_id: str, directory: str) -> socket | None:
     """Start a shim unless someone else has meanwhile, and return a socket connected to it."""
+    from kata_shim.spawn import spawn
+
     lock = _take_lock(sandbox_id, f"{directory}/lock")
     try:
         sock = _dial(directory)
@@ -308,7 +321,12 @@ def _start_shim(root: str, sandbox_id: str, directory: str) -> socket | None:
             return sock
         listener = _listen(directory)
         try:
-            _spawn_shim(root, sandbox_id, directory, listener.fileno())
+            zygote = _dial_zygote(root)
+            try:
+                spawn(root, sandbox_id, f"{directory}/shim.log", listener.fileno(), zygote)
+            finally:
+                if zygote is not None:
+                    zygote.close()
             # Before our own copy of the listener is closed: if the shim dies at once, this connection is
             # reset and tells, where a later one would only be refused.
             return _dial(directory)
@@ -342,7 +360,7 @@ def _listen(directory: str) -> socket:
     listener = socket(AF_UNIX, SOCK_STREAM)
     mask = os.umask(0o177)
     try:
-        _at_path(directory, listener.bind)
+        _at_path(directory, "shim.sock", listener.bind)
         listener.listen(1024)
     except BaseException:
         listener.close()
@@ -350,27 +368,6 @@ def _listen(directory: str) -> socket:
     finally:
         os.umask(mask)
     return listener
-
-
-def _spawn_shim(root: str, sandbox_id: str, directory: str, listener: int) -> None:
-    command = [sys.executable, "-I", "-m", "kata_shim.shim", "serve"]
-    command += ["--root", root, "--listen-fd", "3", sandbox_id]
-    log = f"{directory}/shim.log"
-    os.posix_spawn(
-        sys.executable,
-        command,
-        os.environ,
-        # dup2 leaves the copy open across exec; the listener is moved first, lest 1 or 2 were its number.
-        file_actions=[
-            (os.POSIX_SPAWN_DUP2, listener, 3),
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-        setsid=True,
-        setsigmask=(),
-        setsigdef=_SIGNALS_OF_A_SHELL,
-    )
 
 
 def _error_of(error: object) -> ShimError:

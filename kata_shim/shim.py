@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import socket
@@ -42,7 +43,9 @@ async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told_to_stop.set)
     await server.listen(listener)
-    ends = [asyncio.ensure_future(end) for end in (_live(sandbox), told_to_stop.wait())]
+    # It may also be deleted before it was ever started.
+    waits = (_live(sandbox), told_to_stop.wait(), sandbox.gone.wait())
+    ends = [asyncio.ensure_future(end) for end in waits]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     # The socket is closed last: as long as it is there nobody starts another shim, to which this one's
     # operations, and its hold on QEMU's monitor, would be unknown.
@@ -120,6 +123,7 @@ def _zygote(listen_fd: int) -> int:
     from kata_shim.factory import zygote  # only a zygote and its children have any use for it
 
     log.setup("zygote")
+    importlib.import_module("concurrent.futures.thread")  # imported else by the first asyncio.to_thread
     os.set_inheritable(listen_fd, False)
     zygote.serve(socket.socket(fileno=listen_fd), main)
 

@@ -1,0 +1,201 @@
+"""Making a forked process what its caller would have exec'ed, with posix_spawn as kata_shim/spawn.py does it.
+
+Not carried over: the I/O priority, the timer slack and the keyrings. References: execve(2) (what it keeps),
+proc(5), prctl(2) (PR_SET_MM_MAP), cgroups(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kata_shim.errors import ShimError, invalid
+from kata_shim.qemu.process import join_network_namespace
+from kata_shim.spawn import SIGNALS_OF_A_SHELL
+
+PROGRAM = [b"-I", b"-m", b"kata_shim.shim", b"serve"]
+ARGUMENTS = len(PROGRAM)  # the index of "serve", which is the first argument of shim.py's main
+LISTENER = 3  # the descriptor of the listening socket
+# A process cannot take these over from another (/proc/PID/status).
+SAME = (
+    *("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
+    *("NoNewPrivs", "Seccomp", "Seccomp_filters", "THP_enabled"),
+)
+SAME_FILES = ("root", "personality", "attr/current")
+TAKEN_FILES = ("oom_score_adj", "coredump_filter", "loginuid")
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14  # linux/prctl.h
+MAX_NAME = 15  # bytes of a command's name (/proc/PID/comm)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sbrk.restype = ctypes.c_void_p
+_libc.sbrk.argtypes = [ctypes.c_ssize_t]
+
+
+def require_program(command: Sequence[bytes]) -> None:
+    """Check that the command line is one of a shim, run by our own interpreter. Raises ShimError."""
+    if list(command[1 : 1 + len(PROGRAM)]) != PROGRAM:
+        raise invalid(f"{command!r} is not the command line of a shim")
+    theirs, ours = os.fsdecode(command[0]), sys.executable
+    # Where it stands decides about the virtual environment, where it leads about the interpreter.
+    if os.path.dirname(theirs) != os.path.dirname(ours) or os.path.realpath(theirs) != os.path.realpath(ours):
+        raise ShimError("failed-precondition", f"the caller's interpreter is {theirs}, ours is {ours}")
+
+
+def become(caller: int) -> None:
+    """Take over from the process `caller` all that a child of it would inherit.
+
+    Raises ShimError or OSError where it has what we can not; then we are something in between, and must end.
+    """
+    status = _status(caller)
+    _require_same(caller, status)
+    for name in TAKEN_FILES:
+        _take_file(caller, name)
+    if os.readlink(f"/proc/{caller}/ns/net") != os.readlink("/proc/self/ns/net"):
+        join_network_namespace(caller)
+    _join_cgroups(caller)
+    _take_scheduling(caller)
+    for number in {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}:
+        limits = resource.prlimit(caller, number)
+        if limits != resource.getrlimit(number):
+            resource.setrlimit(number, limits)
+    _take_signals(int(status["SigIgn"], 16))
+
+
+def _status(process: int | str) -> dict[str, str]:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _require_same(caller: int, theirs: dict[str, str]) -> None:
+    ours = _status("self")
+    for key in SAME:
+        if theirs.get(key) != ours.get(key):
+            raise _different(key, theirs.get(key), ours.get(key))
+    for name in (*(f"ns/{name}" for name in os.listdir("/proc/self/ns") if name != "net"), *SAME_FILES):
+        if _content(caller, name) != _content("self", name):
+            raise _different(name, _content(caller, name), _content("self", name))
+
+
+def _different(what: str, theirs: str | None, ours: str | None) -> ShimError:
+    return ShimError("failed-precondition", f"{what}: {theirs} is the caller's, {ours} ours")
+
+
+def _content(process: int | str, name: str) -> str:
+    """Return the target or the text of a file in /proc; "" where this kernel has no such thing."""
+    path = f"/proc/{process}/{name}"
+    try:
+        return os.readlink(path) if os.path.islink(path) else Path(path).read_text().strip()
+    except OSError:
+        os.stat(f"/proc/{process}")
+        return ""
+
+
+def _take_file(caller: int, name: str) -> None:
+    value = _content(caller, name)
+    if value != _content("self", name):
+        # A mask is shown without the 0x that it is read with.
+        Path(f"/proc/self/{name}").write_text(f"0x{value}" if name == "coredump_filter" else value)
+
+
+def _join_cgroups(caller: int) -> None:
+    ours = _cgroups("self")
+    for hierarchy, path in _cgroups(caller).items():
+        if ours.get(hierarchy) != path:
+            Path(f"{_cgroup_directory(hierarchy, path)}/cgroup.procs").write_text("0")  # 0: the writer
+
+
+def _cgroups(process: int | str) -> dict[str, str]:
+    """Return the path for each hierarchy, which is named by its controllers; "" is version 2."""
+    lines = Path(f"/proc/{process}/cgroup").read_text().splitlines()
+    return {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+
+
+def _cgroup_directory(hierarchy: str, path: str) -> str:
+    """Return where a cgroup is mounted. Raises ShimError when it is not, or something else over it."""
+    wanted = set(hierarchy.split(",")) if hierarchy else set()
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        head, _, tail = line.partition(" - ")
+        kind, _, options = tail.split(" ", 2)
+        fits = kind == "cgroup" and wanted <= set(options.split(",")) if wanted else kind == "cgroup2"
+        root, point = head.split(" ")[3:5]
+        below = root.rstrip("/")
+        if fits and f"{path}/".startswith(f"{below}/") and os.path.isdir(point + path[len(below) :]):
+            return point + path[len(below) :]
+    raise ShimError("failed-precondition", f"the caller's cgroup {hierarchy}:{path} is not mounted")
+
+
+def _take_scheduling(caller: int) -> None:
+    policy, parameters = os.sched_getscheduler(caller), os.sched_getparam(caller)
+    if policy != os.sched_getscheduler(0) or parameters != os.sched_getparam(0):
+        os.sched_setscheduler(0, policy, parameters)
+    nice = os.getpriority(os.PRIO_PROCESS, caller)
+    if nice != os.getpriority(os.PRIO_PROCESS, 0):
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    if os.sched_getaffinity(caller) != os.sched_getaffinity(0):
+        os.sched_setaffinity(0, os.sched_getaffinity(caller))
+
+
+def _take_signals(ignored: int) -> None:
+    """Be with signals as an interpreter is that has just started; `ignored` is the caller's mask of them."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        stays = ignored >> (number - 1) & 1 and number not in SIGNALS_OF_A_SHELL
+        signal.signal(number, signal.SIG_IGN if stays or number in IGNORED_BY_PYTHON else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+_ADDRESSES = (
+    *("start_code", "end_code", "start_data", "end_data", "start_brk", "brk", "start_stack"),
+    *("arg_start", "arg_end", "env_start", "env_end", "auxv"),
+)
+
+
+class _MemoryMap(ctypes.Structure):
+    """struct prctl_mm_map."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in _ADDRESSES),
+        ("auxv_size", ctypes.c_uint32),
+        ("exe_fd", ctypes.c_uint32),
+    )
+
+
+_shown: list[ctypes.Array[ctypes.c_char]] = []  # what the kernel shows of us must stay where it is
+
+
+def rename(program: bytes, command: Sequence[bytes], environment: Mapping[bytes, bytes]) -> None:
+    """Show `command` and `environment` in /proc, NULs between the words, as after an exec of `program`.
+
+    Raises OSError where the kernel is built without CONFIG_CHECKPOINT_RESTORE.
+    """
+    words = b"".join(word + b"\0" for word in command)
+    variables = b"".join(key + b"=" + value + b"\0" for key, value in environment.items())
+    text = ctypes.create_string_buffer(words + variables, len(words) + len(variables))
+    start = ctypes.addressof(text)
+    # Numbered as in proc(5), whose first two fields end with the last parenthesis.
+    stat = ["", "", "", *Path("/proc/self/stat").read_text().rpartition(")")[2].split()]
+    code, stack, data, heap = stat[26:28], stat[28], stat[45:47], stat[47]
+    split = start + len(words)
+    shown = _MemoryMap(
+        *(int(field) for field in (*code, *data, heap)),
+        *(0, int(stack), start, split, split, start + len(text)),
+        exe_fd=2**32 - 1,
+    )
+    # The break is set with the rest: should it have moved after it was read, it is set once more.
+    while shown.brk != _libc.sbrk(0):
+        shown.brk = _libc.sbrk(0)
+        size = ctypes.c_ulong(ctypes.sizeof(shown))
+        _check(_libc.prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.byref(shown), size, 0))
+    _shown.append(text)
+    _check(_libc.prctl(PR_SET_NAME, os.path.basename(program)[:MAX_NAME], 0, 0, 0))
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), f"prctl: {os.strerror(ctypes.get_errno())}")
