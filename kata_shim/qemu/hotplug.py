@@ -151,7 +151,9 @@ async def nic_present(monitor: Monitor, slot: Slot) -> bool:
     """Whether QEMU has a card in `slot`, be it one that the guest was asked to let go of."""
     names = NicNames(slot)
     try:
-        await monitor.execute("qom-list", {"path": f"/machine/peripheral/{names.device}"})
+        # Any property will do; QEMU lists eighty, as long as it is asked for all.
+        path = f"/machine/peripheral/{names.device}"
+        await monitor.execute("qom-get", {"path": path, "property": "hotplugged"})
     except CommandError as error:
         if error.error_class != "DeviceNotFound":
             raise
