@@ -14,7 +14,8 @@ from tests.system.network import agree, booted, nic
 
 
 def _configuration(text: str) -> str:
-    return text + "agent_timeout = 0\n"
+    section = "[hypervisor.qemu]\n"
+    return text.replace(section, section + "agent_timeout = 0\n")
 
 
 def _nic(text: str) -> str:
@@ -34,7 +35,7 @@ def _kill_shim(guest: Guest) -> None:
         (
             "configuration.toml",
             _configuration,
-            "configuration.toml:3: [hypervisor.qemu] agent_timeout: 0 is not within 1..3600 seconds",
+            "configuration.toml:2: [hypervisor.qemu] agent_timeout: 0 is not within 1..3600 seconds",
         ),
         (
             "record.json",
