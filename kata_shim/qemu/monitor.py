@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,7 @@ from qemu.qmp import (
     Runstate,
     StateError,
 )
+from qemu.qmp.models import Greeting
 
 from kata_shim.errors import ShimError
 
@@ -36,7 +38,26 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class _Client(QMPClient):
-    """The library's client without its debug log, for which it prints every message prettily, read or not."""
+    """The library's client with three habits changed.
+
+    It does not print every message prettily for a debug log that nobody reads. It does not ask for
+    out-of-band execution: with that QEMU reads on while it runs a command, and its two threads use a
+    descriptor just passed without a lock (7.2's chardev/char-socket.c), so that it may crash, or hang in a
+    tap that has become blocking. And it may follow a client that was cut, whose answers QEMU still has to
+    give: those come before the greeting, or later under ids that are not ours.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._execute_id = secrets.randbits(48)
+
+    async def _get_greeting(self) -> Greeting:
+        while "QMP" not in (message := await self._recv()):
+            if not message.keys() & {"return", "error", "event"}:
+                break
+        greeting = Greeting(message)
+        greeting.QMP.capabilities = [name for name in greeting.QMP.capabilities if name != "oob"]
+        return greeting
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg

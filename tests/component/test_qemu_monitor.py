@@ -92,6 +92,23 @@ async def test_a_command_without_answer_ends_in_time(tmp_path: Path) -> None:
         assert isinstance(await vm.query("query-version"), dict)
 
 
+async def test_qemu_reads_nothing_while_it_runs_a_command(tmp_path: Path) -> None:
+    """Reading on, QEMU's monitor thread replaces a descriptor under the command that is to take it."""
+    async with machine(tmp_path) as vm:
+        commands = []
+        with (tmp_path / "a").open("wb") as first, (tmp_path / "b").open("wb") as second:
+            for number, file in enumerate((first, second)):
+                # Long commands before each: with them in work, the next descriptor is there to be read.
+                commands += [asyncio.create_task(vm.query("query-qmp-schema")) for _ in range(3)]
+                await asyncio.sleep(0)
+                vm.monitor._send_fd(file.fileno())
+                commands.append(asyncio.create_task(vm.query("add-fd", {"fdset-id": number})))
+                await asyncio.sleep(0)
+            answers = await asyncio.gather(*commands)
+            for file, answer in zip((first, second), answers[3::4], strict=True):
+                assert os.readlink(f"/proc/{vm.process.pid}/fd/{answer['fd']}") == file.name
+
+
 async def test_events_are_filtered_and_none_is_missed(tmp_path: Path) -> None:
     async with machine(tmp_path) as vm, vm.monitor.events("RESUME", "STOP") as events:
         await vm.monitor.execute("cont")
