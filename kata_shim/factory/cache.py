@@ -102,9 +102,12 @@ class Cache:
         if namespace != self._namespace:
             raise ShimError("failed-precondition", "the factory is in another network namespace")
         own = await self._own_kind()
-        for vm in [vm for vm in self._ready if vm.kind != own or not vm.is_here]:
-            self._lose(vm)  # its kernel, initrd or QEMU has changed since
-            self._spawn(self._discard(vm))
+        for vm in list(self._ready):
+            if not vm.is_here:  # who was offered it once has come after all
+                self._hand_over(vm)
+            elif vm.kind != own:  # its kernel, initrd or QEMU has changed since
+                self._lose(vm)
+                self._spawn(self._discard(vm))
         if wanted != own:
             raise ShimError("failed-precondition", "the factory's VMs are of another configuration")
         if not self._ready:
@@ -118,12 +121,15 @@ class Cache:
 
     def _settle(self, vm: Vm) -> None:
         if not vm.is_here:
-            self.handed_over += 1
-            log.info("a VM is handed over", pid=vm.process.pid)
-            self._lose(vm)
+            self._hand_over(vm)
         elif vm in self._kept and not vm.process.exited.done():
             self._ready.insert(0, vm)
             self.tell()
+
+    def _hand_over(self, vm: Vm) -> None:
+        self.handed_over += 1
+        log.info("a VM is handed over", pid=vm.process.pid)
+        self._lose(vm)
 
     async def _own_kind(self) -> str:
         machine = Machine(self._directory, self._config, self._accelerators)

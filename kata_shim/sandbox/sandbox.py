@@ -58,8 +58,8 @@ class Sandbox:
 
     @property
     def has_lived(self) -> bool:
-        """Whether an earlier shim has written a record or started a QEMU here."""
-        return any((self.directory / name).exists() for name in ("record.json", "qemu.log"))
+        """Whether an earlier shim has written a record or had a QEMU here."""
+        return any((self.directory / name).exists() for name in ("record.json", "qemu.log", TAKEN))
 
     async def start(self, config: str, step: Step) -> list[str]:
         """Boot the sandbox; return what the caller should be told.
