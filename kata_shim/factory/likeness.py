@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kata_shim.errors import ShimError, invalid
+from kata_shim.qemu import cgroup
 from kata_shim.qemu.process import join_network_namespace
 from kata_shim.spawn import SIGNALS_OF_A_SHELL
 
@@ -104,30 +105,10 @@ def _take_file(caller: int, name: str) -> None:
 
 
 def _join_cgroups(caller: int) -> None:
-    ours = _cgroups("self")
-    for hierarchy, path in _cgroups(caller).items():
-        if ours.get(hierarchy) != path:
-            Path(f"{_cgroup_directory(hierarchy, path)}/cgroup.procs").write_text("0")  # 0: the writer
-
-
-def _cgroups(process: int | str) -> dict[str, str]:
-    """Return the path for each hierarchy, which is named by its controllers; "" is version 2."""
-    lines = Path(f"/proc/{process}/cgroup").read_text().splitlines()
-    return {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-
-
-def _cgroup_directory(hierarchy: str, path: str) -> str:
-    """Return where a cgroup is mounted. Raises ShimError when it is not, or something else over it."""
-    wanted = set(hierarchy.split(",")) if hierarchy else set()
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        head, _, tail = line.partition(" - ")
-        kind, _, options = tail.split(" ", 2)
-        fits = kind == "cgroup" and wanted <= set(options.split(",")) if wanted else kind == "cgroup2"
-        root, point = head.split(" ")[3:5]
-        below = root.rstrip("/")
-        if fits and f"{path}/".startswith(f"{below}/") and os.path.isdir(point + path[len(below) :]):
-            return point + path[len(below) :]
-    raise ShimError("failed-precondition", f"the caller's cgroup {hierarchy}:{path} is not mounted")
+    ours = cgroup.groups("self")
+    for hierarchy, group in cgroup.groups(caller).items():
+        if ours.get(hierarchy) != group:
+            (cgroup.directory(hierarchy, group) / "cgroup.procs").write_text("0")  # 0: the writer
 
 
 def _take_scheduling(caller: int) -> None:

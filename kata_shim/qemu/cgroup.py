@@ -33,7 +33,7 @@ def groups(process: int | str) -> dict[str, str]:
 
 
 def directory(hierarchy: str, group: str) -> Path:
-    """Return where a group can be seen; a mount may show only a part of its hierarchy.
+    """Return where a group can be seen; a mount may show only a part of its hierarchy, or be covered itself.
 
     Raises ShimError `failed-precondition` where it cannot.
     """
@@ -44,5 +44,7 @@ def directory(hierarchy: str, group: str) -> Path:
         root, mounted = fields.split()[3:5]
         fits = kind == "cgroup" and wanted <= set(options.split(",")) if wanted else kind == "cgroup2"
         if fits and Path(group).is_relative_to(root):
-            return Path(mounted) / Path(group).relative_to(root)
+            found = Path(mounted) / Path(group).relative_to(root)
+            if found.is_dir():
+                return found
     raise ShimError("failed-precondition", f"the control group {hierarchy}:{group} is not mounted")

@@ -17,6 +17,7 @@ import pytest
 
 from kata_shim import client
 from kata_shim.factory.zygote import MAX_REQUEST
+from tests.cgroups import cgroups
 from tests.started import PATIENCE, kill, shims
 from tests.zygote import SERVE, Zygote, command, dial, ended, parent, request, zygote
 
@@ -116,26 +117,6 @@ def look(pid: int, sandbox_id: str) -> dict[str, object]:
         for fd in os.listdir(directory / "fd")
     }
     return shown
-
-
-@contextmanager
-def cgroups(directory: Path) -> Iterator[list[Path]]:
-    """Make a cgroup of version 2, and where the host has one a hierarchy of version 1, one in it too."""
-    mounted = {"unified": ("cgroup2", "rw")}
-    if re.search(r":freezer:", Path("/proc/self/cgroup").read_text()):
-        mounted["freezer"] = ("cgroup", "freezer")
-    made = []
-    for name, (kind, options) in mounted.items():
-        (directory / name).mkdir()
-        subprocess.run(["mount", "-t", kind, "-o", options, "none", directory / name], check=True)
-        made.append(directory / name / f"kata-test-{os.getpid()}")
-        made[-1].mkdir()
-    try:
-        yield made
-    finally:
-        for group in made:
-            group.rmdir()
-            subprocess.run(["umount", group.parent], check=True)
 
 
 def be_unusual(groups: list[Path]) -> Callable[[], None]:
