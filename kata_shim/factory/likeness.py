@@ -27,10 +27,12 @@ SAME = (
     *("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
     *("NoNewPrivs", "Seccomp", "Seccomp_filters", "THP_enabled"),
 )
+RESOURCES = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 SAME_FILES = ("root", "personality", "attr/current")
 TAKEN_FILES = ("oom_score_adj", "coredump_filter", "loginuid")
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14  # linux/prctl.h
+MAX_FILE = 65536  # bytes
 MAX_NAME = 15  # bytes of a command's name (/proc/PID/comm)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,16 +63,25 @@ def become(caller: int) -> None:
         join_network_namespace(caller)
     _join_cgroups(caller)
     _take_scheduling(caller)
-    for number in {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}:
+    for number in RESOURCES:
         limits = resource.prlimit(caller, number)
         if limits != resource.getrlimit(number):
             resource.setrlimit(number, limits)
-    _take_signals(int(status["SigIgn"], 16))
+    _ignore_signals(int(status["SigIgn"], 16))
 
 
 def _status(process: int | str) -> dict[str, str]:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    lines = _read(f"/proc/{process}/status").splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _read(path: str) -> str:
+    """Return the text of a file in /proc; what pathlib and io touch would be in each shim's own memory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.fsdecode(os.read(descriptor, MAX_FILE))
+    finally:
+        os.close(descriptor)
 
 
 def _require_same(caller: int, theirs: dict[str, str]) -> None:
@@ -91,7 +102,7 @@ def _content(process: int | str, name: str) -> str:
     """Return the target or the text of a file in /proc; "" where this kernel has no such thing."""
     path = f"/proc/{process}/{name}"
     try:
-        return os.readlink(path) if os.path.islink(path) else Path(path).read_text().strip()
+        return os.readlink(path) if os.path.islink(path) else _read(path).strip()
     except OSError:
         os.stat(f"/proc/{process}")
         return ""
@@ -122,13 +133,19 @@ def _take_scheduling(caller: int) -> None:
         os.sched_setaffinity(0, os.sched_getaffinity(caller))
 
 
-def _take_signals(ignored: int) -> None:
-    """Be with signals as an interpreter is that has just started; `ignored` is the caller's mask of them."""
+def reset_signals() -> None:
+    """Be with signals as an interpreter is that has just started, whatever it was started with."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        stays = ignored >> (number - 1) & 1 and number not in SIGNALS_OF_A_SHELL
-        signal.signal(number, signal.SIG_IGN if stays or number in IGNORED_BY_PYTHON else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number in IGNORED_BY_PYTHON else signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _ignore_signals(mask: int) -> None:
+    """Ignore, after `reset_signals`, what the caller does, but for what it does not let its shim inherit."""
+    for number in range(1, signal.NSIG):
+        if mask >> (number - 1) & 1 and number not in SIGNALS_OF_A_SHELL:
+            signal.signal(number, signal.SIG_IGN)
 
 
 _ADDRESSES = (
@@ -160,7 +177,7 @@ def rename(program: bytes, command: Sequence[bytes], environment: Mapping[bytes,
     text = ctypes.create_string_buffer(words + variables, len(words) + len(variables))
     start = ctypes.addressof(text)
     # Numbered as in proc(5), whose first two fields end with the last parenthesis.
-    stat = ["", "", "", *Path("/proc/self/stat").read_text().rpartition(")")[2].split()]
+    stat = ["", "", "", *_read("/proc/self/stat").rpartition(")")[2].split()]
     code, stack, data, heap = stat[26:28], stat[28], stat[45:47], stat[47]
     split = start + len(words)
     shown = _MemoryMap(

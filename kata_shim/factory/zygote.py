@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from kata_shim import __version__, log
@@ -36,7 +37,7 @@ READ_TIMEOUT = 1.0  # seconds; a request is written at once
 MAX_REQUEST = 1024 * 1024
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Run = Callable[[list[str]], int]
-_Stamps = dict[str, tuple[int, int, int]]
+_Stamps = dict[bytes, tuple[int, int, int]]
 
 
 class _Request(NamedTuple):
@@ -52,10 +53,12 @@ def serve(listener: socket.socket, run: Run) -> NoReturn:
     """
     _die_with_starter(listener)
     _require_one_thread()
+    likeness.reset_signals()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps our children
     # As we are already: a kernel that cannot do this is told of now.
-    likeness.rename(sys.orig_argv[0].encode(), [os.fsencode(word) for word in sys.orig_argv], os.environb)
+    words = [os.fsencode(word) for word in sys.orig_argv]
+    likeness.rename(words[0], words, os.environb)
     stamps = _stamps()
     gc.collect()
     gc.freeze()
@@ -91,11 +94,12 @@ def _peer(sock: socket.socket) -> tuple[int, int, int]:
 def _stamps() -> _Stamps:
     """Return what tells whether the files of our modules are still those that we have imported."""
     files = {module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "kata_shim"}
-    return {file: _stamp(file) for file in files if file is not None}
+    paths = [os.fsencode(file) for file in files if file is not None]
+    return {path: _stamp(path) for path in paths}
 
 
-def _stamp(file: str) -> tuple[int, int, int]:
-    status = os.stat(file)
+def _stamp(path: bytes) -> tuple[int, int, int]:
+    status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -122,7 +126,8 @@ def _child(listener: socket.socket, connection: socket.socket, stamps: _Stamps, 
 def _refuse(connection: socket.socket, error: Exception) -> None:
     reason = error.message if isinstance(error, ShimError) else f"{type(error).__name__}: {error}"
     log.warning("no shim is forked, its caller has to exec it", reason=reason)
-    connection.sendall(b"-" + reason.encode(errors="replace"))
+    with suppress(OSError):  # it may have gone
+        connection.sendall(b"-" + reason.encode(errors="replace"))
 
 
 def _prepare(connection: socket.socket, stamps: _Stamps) -> _Request:
@@ -131,10 +136,12 @@ def _prepare(connection: socket.socket, stamps: _Stamps) -> _Request:
     if uid != os.geteuid():
         raise ShimError("permission-denied", f"uid {uid} asks, which is not ours")
     request = _parse(_read(connection))
-    for file, stamp in stamps.items():
-        if _stamp(file) != stamp:
-            raise ShimError("failed-precondition", f"{file} has changed since it was imported")
+    for path, stamp in stamps.items():
+        if _stamp(path) != stamp:
+            raise ShimError("failed-precondition", f"{os.fsdecode(path)} has changed since it was imported")
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     likeness.become(caller)
     os.chdir("/")
     os.environb.clear()
