@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -118,11 +119,14 @@ class World:
         return World(**new)
 
 
-def shipped(root: Path) -> Path:
-    """Return the shipped configuration.toml, its template kept with the run's other state."""
-    path = root / "configuration.toml"
+def shipped(root: Path, **fields: str | int | bool) -> Path:
+    """Return the shipped configuration.toml with some `fields` changed, its template with the run's state."""
     text = (PROJECT / "configuration.toml").read_text()
-    path.write_text(text.replace("/run/vc/vm/template", f"{root}/template"))
+    for name, value in {"template_path": f"{root}/template", **fields}.items():
+        text, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {json.dumps(value)}", text)
+        assert found == 1, name
+    path = root / f"{'-'.join(['configuration', *fields])}.toml"
+    path.write_text(text)
     return path
 
 

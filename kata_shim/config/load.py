@@ -118,6 +118,7 @@ def _settle(source: Source, given: Hypervisor, host_cpus: int, warnings: list[st
         default_maxvcpus=given.default_maxvcpus or min(host_cpus, MAXVCPUS_MOST),
         default_root_ports=min(given.default_root_ports or ROOT_PORTS_MOST, ROOT_PORTS_MOST),
         default_bridges=min(given.default_bridges or 1, BRIDGES_MOST),
+        shared_memory=given.shared_memory or given.shared_fs == "virtio-fs",
     )
 
 
@@ -176,8 +177,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         )
     if qemu.shared_fs == "virtio-fs" and not qemu.virtio_fs_daemon:
         yield QEMU, "virtio_fs_daemon", 'empty; shared_fs = "virtio-fs" needs it'
-    if qemu.shared_fs == "virtio-fs" and not qemu.shared_memory:
-        yield QEMU, "shared_memory", 'false; shared_fs = "virtio-fs" needs it true'
     if factory.enable_template and not qemu.initrd:
         yield FACTORY, "enable_template", "true; it needs an initrd, not an image"
     if factory.enable_template and qemu.shared_fs == "virtio-fs":

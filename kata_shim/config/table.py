@@ -129,7 +129,7 @@ class Hypervisor:
     # Ours, beyond the documented fields:
     accelerator: str = setting("auto", one_of("auto", "kvm", "tcg"), acted=True)
     cpu_model: str = setting("", matching(r"[A-Za-z0-9_.,=+-]*", "a CPU model as -cpu takes it"), acted=True)
-    shared_memory: bool = setting(True, acted=True)
+    shared_memory: bool = setting(False, acted=True)
     agent_timeout: int = setting(60, within(1, 3600, " seconds"), acted=True)
     hotplug_timeout: int = setting(15, within(1, 3600, " seconds"), acted=True)
 

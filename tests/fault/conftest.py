@@ -25,7 +25,7 @@ async def sandbox(root: Path) -> AsyncIterator[Live]:
     ip("tuntap", "add", GIVEN.device, "mode", "tap")
     reset_tap()
     try:
-        async with live(root, ID, shipped(root)) as running:
+        async with live(root, ID, shipped(root, shared_memory=True)) as running:
             yield running
     finally:
         ip("link", "delete", GIVEN.device)

@@ -35,7 +35,8 @@ LONGEST_PATH = 128  # bytes, as documented; a socket's own address has 107
 @pytest.fixture(scope="module")
 def pair(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """A sandbox with two CPUs, so that two queues are used."""
-    with booted(runtime, tmp_path_factory.mktemp("vhost"), "vhost", default_vcpus=2) as guest:
+    directory = tmp_path_factory.mktemp("vhost")
+    with booted(runtime, directory, "vhost", default_vcpus=2, shared_memory=True) as guest:
         yield guest
 
 
@@ -192,7 +193,8 @@ def test_it_shares_names_with_other_nics(guest: Guest, directory: Path) -> None:
 
 async def test_nothing_is_left_in_qemu(root: Path, directory: Path) -> None:
     """By QEMU's own account: device, netdev, character device and descriptors, here and there."""
-    config = write_config(directory / "configuration.toml", accelerator="tcg", default_root_ports=2)
+    path = directory / "configuration.toml"
+    config = write_config(path, accelerator="tcg", default_root_ports=2, shared_memory=True)
     (root / "sandboxes" / "inside").mkdir(mode=0o700, parents=True)
     path = directory / "vhost-user1"
     given, _ = parse_interface(described(path, queues=2))
