@@ -17,6 +17,7 @@ from kata_shim.qemu.process import find_by_log
 from tests.started import PATIENCE
 from tests.support import Result, Runtime
 
+EMULATED = "as configured: QEMU emulates (TCG), which is slow\n"
 SERVES = "the factory serves"
 
 
@@ -109,3 +110,16 @@ def serving(runtime: Runtime, endpoint: Path) -> Iterator[Factory]:
             process.send_signal(signal.SIGCONT)
         process.kill()
         process.communicate()
+
+
+def run(runtime: Runtime, sandbox_id: str) -> str:
+    """Start a sandbox; return where its VM came from."""
+    started = runtime("run", "--detach", sandbox_id)
+    assert started == Result(0, "", EMULATED), started
+    return str(runtime("state", sandbox_id).json["source"])
+
+
+def delete(runtime: Runtime, *ids: str) -> None:
+    """Delete sandboxes."""
+    for sandbox_id in ids:
+        assert runtime("delete", "--force", sandbox_id) == Result(0, "", "")
