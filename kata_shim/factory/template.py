@@ -33,7 +33,7 @@ from kata_shim.errors import ShimError
 from kata_shim.factory import tmpfs
 from kata_shim.qemu import cmdline
 from kata_shim.qemu.cmdline import MachineSpec
-from kata_shim.qemu.process import Process, find_by_log
+from kata_shim.qemu.process import kill_by_log
 from kata_shim.vm.machine import Saved
 
 MOST = 4  # templates kept: each holds what its guest touched, about 100 MiB
@@ -210,11 +210,7 @@ class Templates:
     async def _clear_unfinished(self) -> None:
         """Remove what makers left who were killed; their QEMU died with them, or does now."""
         for directory in self.path.glob(f"{_MAKING}*"):
-            for pid, start_time in find_by_log(directory / "qemu.log"):
-                with suppress(ShimError):
-                    process = Process.attach(pid, start_time)
-                    await process.kill()
-                    process.close()
+            await kill_by_log(directory / "qemu.log")
             shutil.rmtree(directory)
 
     def _clear_outdated(self) -> None:
