@@ -78,14 +78,13 @@ def write_config(path: Path, template: Path | None = None, /, **fields: str | in
 
 def shims(root: Path, sandbox_id: str) -> list[int]:
     """Return the pids of the shims that serve a sandbox: not of a QEMU that one of them is just starting."""
-    found = []
+    found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            ours = b"serve" in words and str(root).encode() in words and words[-2] == sandbox_id.encode()
-            if ours and os.getsid(int(pid)) == int(pid):
-                found.append(int(pid))
-    return found
+            if b"serve" in words and str(root).encode() in words and words[-2] == sandbox_id.encode():
+                found[int(pid)] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return [pid for pid, parent in found.items() if parent not in found]
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

@@ -93,7 +93,7 @@ def booted(runtime: Runtime) -> Iterator[Guest]:
         ({"agent_timeout": 0}, "agent_timeout: 0 is not within 1..3600 seconds"),
         (
             {"kernel_params": "x" * 2000},
-            "kernel_params: with it the kernel's command line has 2084 characters, more than 2047",
+            "kernel_params: with it the kernel's command line has 2102 characters, more than 2047",
         ),
         (
             {"kernel_params": "x" * 2048},

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from tests.support import Guest, Result, Runtime, shipped
 LONG_ID = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_.-0123456789" + "a" * 25
 OTHER_ID = "abcdefghijklmnopqrstuvwxyz" + "-" * 38
 EMULATED = "no usable KVM on this host: QEMU emulates (TCG), which is slow\n"
-STEPS = ("finding the accelerator", "starting QEMU", "booting the guest")
+STEPS = {
+    "clone": ("finding the accelerator", "cloning the template"),
+    "boot": ("finding the accelerator", "starting QEMU", "booting the guest"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,22 @@ def no_other(runtime: Runtime, guest: Guest) -> Iterator[None]:
     """A test that fails half way through the life of its sandbox fails alone."""
     yield
     runtime("delete", "--force", "a")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a sandbox starts: the command that does it, and what is shown meanwhile."""
+
+    run: tuple[str, ...]
+    steps: tuple[str, ...]
+
+
+@pytest.fixture(params=STEPS)
+def way(root: Path, request: pytest.FixtureRequest) -> Way:
+    """Each of the ways in turn."""
+    clone = request.param == "clone"
+    config = shipped(root) if clone else shipped(root, enable_template=False)
+    return Way(("run", "--config", str(config)), STEPS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +118,13 @@ def _warning(accelerator: str) -> str:
     return EMULATED if accelerator == "tcg" else ""
 
 
-def test_progress_is_one_line_of_a_terminal(runtime: Runtime, guest: Guest, accelerator: str) -> None:
+def test_progress_is_one_line_of_a_terminal(
+    runtime: Runtime, guest: Guest, accelerator: str, way: Way
+) -> None:
     """Each step replaces the one before, and at the end the line is as if nothing had been there."""
-    run = Started(runtime, "run", "--detach", "a")
+    run = Started(runtime, *way.run, "--detach", "a")
     assert run.end() == 0
-    steps = [STEPS[0], f"{STEPS[1]} ({accelerator})", STEPS[2]]
+    steps = [way.steps[0], f"{way.steps[1]} ({accelerator})", *way.steps[2:]]
     shown = "".join(f"\r{step}\x1b[K" for step in steps)
     warning = CLEARED + _warning(accelerator) if accelerator == "tcg" else ""
     assert run.shown == shown + warning + CLEARED
@@ -127,18 +149,18 @@ def test_detached_run_outlives_its_caller(runtime: Runtime, guest: Guest, accele
     assert runtime("delete", "--force", "a") == Result(0, "", "")
 
 
-def test_interrupted_start_leaves_nothing(runtime: Runtime, guest: Guest) -> None:
-    for step in STEPS:
-        run = Started(runtime, "run", "--detach", "a")
+def test_interrupted_start_leaves_nothing(runtime: Runtime, guest: Guest, way: Way) -> None:
+    for step in way.steps:
+        run = Started(runtime, *way.run, "--detach", "a")
         run.until(step)
         run.signal(signal.SIGINT)
         assert run.end() == 130, run.shown
         assert ids(runtime) == [guest.id]
 
 
-def test_caller_killed_while_it_starts_leaves_nothing(runtime: Runtime, guest: Guest) -> None:
-    for step in STEPS:
-        run = Started(runtime, "run", "--detach", "a")
+def test_caller_killed_while_it_starts_leaves_nothing(runtime: Runtime, guest: Guest, way: Way) -> None:
+    for step in way.steps:
+        run = Started(runtime, *way.run, "--detach", "a")
         run.until(step)
         (shim,) = shims(runtime.root, "a")
         with watched(shim) as ended:
@@ -148,9 +170,9 @@ def test_caller_killed_while_it_starts_leaves_nothing(runtime: Runtime, guest: G
         assert ids(runtime) == [guest.id]
 
 
-def test_shim_killed_while_it_starts_leaves_nothing(runtime: Runtime, guest: Guest) -> None:
-    for step in STEPS:
-        run = Started(runtime, "run", "a")
+def test_shim_killed_while_it_starts_leaves_nothing(runtime: Runtime, guest: Guest, way: Way) -> None:
+    for step in way.steps:
+        run = Started(runtime, *way.run, "a")
         run.until(step)
         kill(*shims(runtime.root, "a"))
         assert run.end() == 1
