@@ -317,7 +317,8 @@ class Machine:
 
     async def _make_its_own(self, name: str) -> None:
         """Give the guest randomness before anything else: a clone's is its template's. Then time and name."""
-        await together(self.agent.reseed(), self.agent.set_time(), self.agent.create_sandbox(name))
+        await self.agent.reseed()
+        await together(self.agent.set_time(), self.agent.create_sandbox(name))
 
     def _listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
