@@ -143,7 +143,7 @@ def reset_signals() -> None:
 
 def _ignore_signals(mask: int) -> None:
     """Ignore, after `reset_signals`, what the caller does, but for what it does not let its shim inherit."""
-    for number in range(1, signal.NSIG):
+    for number in signal.valid_signals():  # posix_spawn(3) leaves others ignored, which are glibc's own
         if mask >> (number - 1) & 1 and number not in SIGNALS_OF_A_SHELL:
             signal.signal(number, signal.SIG_IGN)
 

@@ -168,6 +168,14 @@ def test_forked_and_execed_are_alike(root: Path, tmp_path: Path, before: tuple[s
         client.remove(str(root), sandbox_id)
 
 
+def test_a_caller_with_signals_of_glibc_ignored(one: Zygote, root: Path) -> None:
+    """As whoever was started by posix_spawn has them: nobody can ignore them by himself."""
+    code = "import os, sys; os.waitpid(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)"
+    shim = started(root, "a", before=(sys.executable, "-c", code))
+    assert parent(shim) == one.pid
+    assert one.said() == ""
+
+
 def test_twenty_at_once(one: Zygote, root: Path) -> None:
     ids = [f"s{number}" for number in range(CALLERS)]
     with ExitStack() as stack:
