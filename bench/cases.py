@@ -1,4 +1,4 @@
-"""The four questions, each in rounds of both that is compared, so that a busy machine is busy for both."""
+"""What NICs cost, each in rounds of both that is compared, so that a busy machine is busy for both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from statistics import median
 from typing import Any
 
 from bench.floor import Floor
-from bench.stand import INTERPRETER, Lines, Stand
+from bench.place import INTERPRETER
+from bench.stand import Lines, Stand
 
 AT_ONCE = 16
 REQUESTS = 1000
@@ -16,13 +17,17 @@ REQUESTS = 1000
 
 @dataclass
 class Comparison:
-    """One line of the table: what was measured, what it is compared with (nothing: a rate), and the reach."""
+    """One line of a table: what was measured, what it is compared with, if anything, and the reach.
+
+    The unit is the table's: "ms" of seconds, "MiB" of bytes, "/s" of a rate.
+    """
 
     name: str
     against: str
     reach: str
     measured: list[float] = field(default_factory=list)
     basis: list[float] = field(default_factory=list)
+    unit: str = "ms"
 
     @property
     def ratio(self) -> float:
@@ -93,8 +98,8 @@ def at_once(stand: Stand, rounds: int) -> list[Comparison]:
 
 def requests(stand: Stand, rounds: int) -> list[Comparison]:
     """(d) list-ifaces requests each second on one connection."""
-    queued = Comparison("(d) list-ifaces on one connection, sent without waiting", "", "≥ 1,000/s")
-    single = Comparison("(d) list-ifaces on one connection, one at a time", "", "")
+    queued = Comparison("(d) list-ifaces on one connection, sent without waiting", "", "≥ 1,000/s", unit="/s")
+    single = Comparison("(d) list-ifaces on one connection, one at a time", "", "", unit="/s")
     with stand.lines() as connection:
         connection.send(("add-iface", nic(0)))
         connection.receive(1)

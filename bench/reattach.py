@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bench.cases import Comparison, nic
-from bench.stand import CLI, SANDBOX, Stand
+from bench.place import CLI
+from bench.stand import SANDBOX, Stand
 
 
 def reattach(stand: Stand, rounds: int) -> list[Comparison]:

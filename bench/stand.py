@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any, Self
 
-PROJECT = Path(__file__).resolve().parent.parent
-INTERPRETER = str(PROJECT / ".venv/bin/python3")
-CLI = str(PROJECT / ".venv/bin/kata-runtime")
+from bench.place import CLI, Ground, Place
+
 SANDBOX = "bench"
 _RECEIVE = 1 << 20
 
@@ -55,42 +52,16 @@ class Lines:
             count -= len(lines)
 
 
-class Stand:
-    """One running sandbox in a root of state of its own; everything is gone when the `with` ends."""
+class Stand(Place):
+    """A place with one running sandbox."""
 
-    def __init__(self) -> None:
-        self.root = Path(f"/run/kata-shim-bench.{os.getpid()}")
+    def __init__(self, ground: Ground) -> None:
+        super().__init__(ground, "stand")
         self.directory = self.root / "sandboxes" / SANDBOX
-        self.environment = {
-            **os.environ,
-            "KATA_SHIM_ROOT": str(self.root),
-            "KATA_SHIM_CONFIG": str(PROJECT / "configuration.toml"),
-        }
 
     def __enter__(self) -> Self:
-        self.root.mkdir(mode=0o700)
-        try:
-            self.cli("run", "--detach", SANDBOX)
-        except BaseException:
-            shutil.rmtree(self.root)
-            raise
+        self.cli("run", "--detach", SANDBOX)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cli("delete", "--force", SANDBOX)
-        shutil.rmtree(self.root)
-
-    def cli(self, *arguments: str) -> str:
-        """Run the CLI and return its stdout; raises CalledProcessError."""
-        command = [CLI, *arguments]
-        return subprocess.run(
-            command,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-        ).stdout
 
     def state(self) -> dict[str, Any]:
         """Return `kata-runtime state`; starts a shim where none runs."""
@@ -129,21 +100,3 @@ class Stand:
         """The command line of a kata-network command: its name, and its input if it has one."""
         command, *document = words
         return [CLI, "kata-network", command, SANDBOX, *document]
-
-    def time(self, command: list[str]) -> float:
-        """Return the seconds from the start of a process to its end; raises RuntimeError when it fails."""
-        began = time.perf_counter()
-        self.wait(self.spawn(command))
-        return time.perf_counter() - began
-
-    def spawn(self, command: list[str]) -> int:
-        """Start a process whose stdout is of no interest, and return its pid."""
-        null = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
-        null += [(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)]
-        return os.posix_spawn(command[0], command, self.environment, file_actions=null)
-
-    def wait(self, pid: int) -> None:
-        """Wait for a process of `spawn`; raises RuntimeError when it failed."""
-        _, status = os.waitpid(pid, 0)
-        if status:
-            raise RuntimeError(f"a command ended with status {os.waitstatus_to_exitcode(status)}")

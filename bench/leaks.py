@@ -1,0 +1,124 @@
+"""Whether anything is left of a sandbox: cycles of start and delete, and what there is in between."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import linear_regression
+from typing import NamedTuple
+
+from bench.memory import available
+from bench.place import CLI, Factory, Ground, Place
+
+SAMPLES = 10  # beside the first
+WARM_UP = 10  # cycles
+SETTLING = 2.0  # seconds
+
+
+class Sample(NamedTuple):
+    """What there is of ours while no sandbox is; memory in KiB."""
+
+    cycles: int
+    processes: int
+    fds: int
+    sockets: int
+    entries: int
+    tmpfs: int
+    factory_rss: int
+    zygote_rss: int
+    available: int
+
+
+def leaks(ground: Ground, cycles: int) -> tuple[list[Sample], dict[str, int]]:
+    """Return a sample of the beginning and of each tenth, and how many starts went which way.
+
+    Every second start finds a VM in the cache; the one after it comes before the next is there, and clones.
+    """
+    ways: dict[str, int] = {}
+    with Place(ground, "cycles", cache=1) as place:
+        factory = place.start_factory()
+        for _ in range(WARM_UP):
+            _cycle(place, {})
+        samples = [_settled(ground, place, factory, 0)]
+        every = max(1, cycles // SAMPLES)
+        for number in range(1, cycles + 1):
+            if number % 2:
+                factory.until_full()
+            _cycle(place, ways)
+            if number % every == 0:
+                samples.append(_settled(ground, place, factory, number, samples[0].processes))
+    return samples, ways
+
+
+def text(samples: list[Sample], ways: dict[str, int]) -> str:
+    """Return the table, its last line the slope for 1,000 cycles."""
+    names = [name.replace("_", " ") for name in Sample._fields]
+    rows = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    rows += [f"| {' | '.join(f'{value:,}' for value in sample)} |" for sample in samples]
+    cycles, *columns = zip(*samples, strict=True)
+    slopes = [linear_regression(cycles, column).slope * 1000 for column in columns]
+    rows.append(f"| slope for 1,000 | {' | '.join(f'{slope:+,.1f}' for slope in slopes)} |")
+    started = ", ".join(f"{count} by {way}" for way, count in sorted(ways.items()))
+    return "\n".join([*rows, "", f"Starts: {started}."])
+
+
+def _cycle(place: Place, ways: dict[str, int]) -> None:
+    place.wait(place.spawn([CLI, "run", "--detach", "one"]))
+    record = (place.root / "sandboxes/one/record.json").read_text()
+    way = next(way for way in ("cache", "template", "boot") if f'"source":"{way}"' in record)
+    ways[way] = ways.get(way, 0) + 1
+    place.wait(place.spawn([CLI, "delete", "--force", "one"]))
+
+
+def _settled(ground: Ground, place: Place, factory: Factory, cycles: int, processes: int = 0) -> Sample:
+    """Return a sample once there are no more than so many processes, or SETTLING is over.
+
+    A shim ends a moment after its sandbox's delete has been answered.
+    """
+    deadline = time.monotonic() + SETTLING
+    while True:
+        sample = _sample(ground, place, factory, cycles)
+        if sample.processes <= processes or time.monotonic() > deadline:
+            return sample
+        time.sleep(0.05)
+
+
+def _sample(ground: Ground, place: Place, factory: Factory, cycles: int) -> Sample:
+    zygote = factory.until_full()["zygote"]
+    ours = {*_processes(place), *_children(factory.pid), *_children(zygote)}
+    disk = os.statvfs(ground.path)
+    return Sample(
+        cycles,
+        len(ours),
+        sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (factory.pid, zygote)),
+        len(Path("/proc/net/unix").read_text().splitlines()) - 1,
+        sum(1 for _ in ground.path.rglob("*")),
+        (disk.f_blocks - disk.f_bfree) * disk.f_frsize >> 10,
+        _rss(factory.pid),
+        _rss(zygote),
+        available() >> 10,
+    )
+
+
+def _processes(place: Place) -> Iterator[int]:
+    """Yield every process that names the root of state, or has its stdout there."""
+    root = os.fsencode(place.root)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            if root in command or os.readlink(process / "fd/1").startswith(str(place.root)):
+                yield int(process.name)
+        except OSError:
+            continue  # it has ended
+
+
+def _children(pid: int) -> list[int]:
+    """Return the children of a process, also those that have ended and that it has not waited for."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _rss(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
