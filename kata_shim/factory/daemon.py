@@ -21,6 +21,7 @@ from kata_shim.factory.template import Templates
 from kata_shim.qemu.process import Process, read_start_time
 
 STOP_TIMEOUT = 10.0  # seconds for a factory to end by itself
+DESTROY_TIMEOUT = 30.0  # seconds for one to end, by force at last, or to tell who it is
 RESTART_PAUSE = 1.0  # seconds before a zygote that has ended is started again
 
 
@@ -46,6 +47,7 @@ class Daemon:
             raise ShimError("already-exists", f"a factory of {self._root} runs already (pid {who})")
         try:
             await _clear_endpoint(self._home)
+            self._home.note(os.getpid(), self._endpoint)  # before anything lasts: `destroy` must find us
             if killed := await self._home.sweep():
                 log.warning("VMs of a factory that was killed are ended", count=killed)
             self._home.vms.mkdir(0o700, exist_ok=True)
@@ -53,7 +55,6 @@ class Daemon:
         except BaseException:
             await self._home.clear()
             raise
-        self._home.note(os.getpid(), self._endpoint)
         return listener
 
     def start(self) -> None:
@@ -170,21 +171,33 @@ async def destroy(root: Path) -> None:
     home = Home(root)
     if not home.path.exists():
         return
-    while not home.take():
-        noted = home.noted()
-        try:
-            process = Process.attach(int(str(noted["pid"])), int(str(noted["start_time"])))
-        except (ShimError, KeyError, ValueError):
-            await asyncio.sleep(0.05)  # it is just starting, or ending
-            continue
+    try:
+        async with asyncio.timeout(DESTROY_TIMEOUT):
+            while not home.take():
+                await _end(home.noted())
+    except TimeoutError:
+        who = home.noted().get("pid", "unknown")
+        why = f"its owner (pid {who}) does not end within {DESTROY_TIMEOUT:g} s; end it by hand"
+        raise ShimError("deadline-exceeded", f"{home.path}/lock: {why}") from None
+    await _clear_endpoint(home)
+    await home.clear()
+
+
+async def _end(noted: dict[str, object]) -> None:
+    """End the factory that noted this, by force if it does not by itself; one that is gone is fine."""
+    try:
+        process = Process.attach(int(str(noted["pid"])), int(str(noted["start_time"])))
+    except (ShimError, KeyError, ValueError):
+        await asyncio.sleep(0.05)  # it is just starting, or ending
+        return
+    try:
         for number in (signal.SIGTERM, signal.SIGCONT):
             process.signal(number)
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(process.exited), STOP_TIMEOUT)
         await process.kill()
+    finally:
         process.close()
-    await _clear_endpoint(home)
-    await home.clear()
 
 
 async def status(root: Path, templates: Templates) -> dict[str, object]:

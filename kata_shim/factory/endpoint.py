@@ -8,8 +8,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,40 @@ async def bind(path: Path) -> socket.socket:
     """
     try:
         os.makedirs(path.parent, 0o700, exist_ok=True)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _alone(path):
+            await _clear_dead(path)
+            return _listen(path)
     except OSError as error:
-        raise ShimError(
-            "failed-precondition", f"vm_cache_endpoint: {path.parent}: {error.strerror}"
-        ) from None
+        where = error.filename or path
+        raise ShimError("failed-precondition", f"vm_cache_endpoint: {where}: {error.strerror}") from None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep two that start from replacing each other's socket.
+
+    The lock is a file of ours, for anybody who may read a directory may lock that.
+    Raises ShimError `already-exists` where another starts just now.
+    """
+    name = f"{path}.lock"
+    lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # two that start must not replace each other's
-        await _clear_dead(path)
-        return _listen(path)
-    except OSError as error:
-        raise ShimError("failed-precondition", f"vm_cache_endpoint: {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(lock), os.lstat(name))  # else who had it has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ShimError(
+                "already-exists",
+                f"vm_cache_endpoint: {path}: another factory starts there just now; set another path",
+            )
+        try:
+            yield
+        finally:
+            Path(name).unlink(missing_ok=True)
     finally:
-        os.close(directory)
+        os.close(lock)
 
 
 def _listen(path: Path) -> socket.socket:

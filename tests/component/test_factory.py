@@ -1,0 +1,52 @@
+"""The factory's parts by themselves: no VM is made."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from kata_shim.errors import ShimError
+from kata_shim.factory import daemon, endpoint
+from kata_shim.factory.home import Home
+
+pytestmark = pytest.mark.quick
+
+
+async def test_an_endpoint_in_a_directory_that_somebody_has_locked(tmp_path: Path) -> None:
+    """Whoever may read a directory may lock it: that holds up nobody, and nothing stays beside the socket."""
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        (await endpoint.bind(tmp_path / "cache.sock")).close()
+    finally:
+        os.close(directory)
+    assert os.listdir(tmp_path) == ["cache.sock"]
+
+
+async def test_an_endpoint_where_another_factory_just_starts(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sock"
+    with (tmp_path / "cache.sock.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ShimError) as refused:
+            await endpoint.bind(path)
+    why = "another factory starts there just now; set another path"
+    assert refused.value.message == f"vm_cache_endpoint: {path}: {why}"
+    (await endpoint.bind(path)).close()  # a killed one's lock is none
+
+
+async def test_destroying_a_factory_that_does_not_tell_who_it_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends, with an error."""
+    monkeypatch.setattr(daemon, "DESTROY_TIMEOUT", 0.1)
+    home = Home(root / "silent")
+    assert home.take()
+    with pytest.raises(ShimError) as error:
+        await daemon.destroy(home.root)
+    why = "its owner (pid unknown) does not end within 0.1 s; end it by hand"
+    assert error.value.message == f"{home.path}/lock: {why}"
+    await home.clear()
+    home.root.rmdir()

@@ -1,0 +1,42 @@
+"""A factory that starts, or goes on, although something around it is not as it should be."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.factory import configure, serving
+from tests.started import PATIENCE
+from tests.support import Result, Runtime
+
+
+@pytest.fixture(scope="module")
+def own(root: Path) -> Iterator[Runtime]:
+    """The CLI with a factory that makes no VM, on a root of its own."""
+    path = root / "hindered"
+    (path / "run").mkdir(0o755, parents=True)
+    yield Runtime(path / "root", configure(path / "none.toml", path, 0, clone=False))
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def endpoint(own: Runtime) -> Path:
+    """Where the factory serves."""
+    return own.root.parent / "run/cache.sock"
+
+
+def test_a_directory_that_somebody_has_locked(own: Runtime, endpoint: Path) -> None:
+    """Any user may do that; the factory starts, and is destroyed."""
+    directory = os.open(endpoint.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        with serving(own, endpoint) as factory:
+            assert own("factory", "destroy") == Result(0, "", "")
+            assert factory.process.wait(PATIENCE) == 0
+    finally:
+        os.close(directory)
