@@ -118,15 +118,12 @@ class Daemon:
 
     def _listen(self) -> socket.socket:
         self._home.zygote.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         directory = os.open(self._home.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # A socket's path is at most 107 bytes long; the root may lie deep.
-            listener.bind(f"/proc/self/fd/{directory}/{self._home.zygote.name}")
-            listener.listen(1024)
+            return endpoint.listen(Path(f"/proc/self/fd/{directory}/{self._home.zygote.name}"))
         finally:
             os.close(directory)
-        return listener
 
 
 def _spawn_zygote(root: Path, listener: socket.socket) -> Process:

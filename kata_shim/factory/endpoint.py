@@ -33,7 +33,7 @@ async def bind(path: Path) -> socket.socket:
         os.makedirs(path.parent, 0o700, exist_ok=True)
         with _alone(path):
             await _clear_dead(path)
-            return _listen(path)
+            return listen(path)
     except OSError as error:
         where = error.filename or path
         raise ShimError("failed-precondition", f"vm_cache_endpoint: {where}: {error.strerror}") from None
@@ -67,14 +67,18 @@ def _alone(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _listen(path: Path) -> socket.socket:
+def listen(path: Path) -> socket.socket:
+    """Return a socket that listens at `path`, where nothing may be, mode 0600. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
     try:
-        listener.bind(str(path))  # 0600 by the process's umask
+        listener.bind(str(path))
         listener.listen(1024)
     except BaseException:
         listener.close()
         raise
+    finally:
+        os.umask(mask)
     return listener
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,10 @@ def test_a_directory_that_somebody_has_locked(own: Runtime, endpoint: Path) -> N
             assert factory.process.wait(PATIENCE) == 0
     finally:
         os.close(directory)
+
+
+def test_sockets_are_the_owners_alone(own: Runtime, endpoint: Path) -> None:
+    with serving(own, endpoint) as factory:
+        factory.until(lambda status: status["zygote"] > 0)
+        modes = [path.stat().st_mode for path in (endpoint, own.root / "factory/zygote.sock")]
+    assert modes == [stat.S_IFSOCK | 0o600] * 2
