@@ -164,6 +164,9 @@ class Cache:
             return error.message
         except OSError as error:
             return f"{error.filename or self._directory}: {error.strerror}"
+        except Exception as error:  # a defect of ours; the next VM may do without it
+            log.exception("a VM could not be made")
+            return f"{type(error).__name__}: {error}"
         finally:
             self.making -= 1
         self._ready.append(vm)

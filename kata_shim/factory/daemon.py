@@ -99,22 +99,26 @@ class Daemon:
         self.cache.start()
 
     async def _keep_zygote(self) -> None:
-        """Run a zygote, and another when it has ended; meanwhile nobody listens, so no caller waits."""
+        """Run a zygote, and another when it has ended, or could not be started, for as long as we live."""
         while True:
-            listener = self._listen()
             try:
-                self._zygote = zygote = _spawn_zygote(self._root, listener)
-            finally:
-                listener.close()
-            self.cache.tell()
-            try:
-                status = await asyncio.shield(zygote.exited)
-            finally:
-                await zygote.kill()
-                self._zygote = None
-                self._home.zygote.unlink(missing_ok=True)
-            log.warning("the zygote has ended; starting another", status=status, seconds=RESTART_PAUSE)
+                status = await self._run_zygote()
+                log.warning("the zygote has ended; starting another", status=status, seconds=RESTART_PAUSE)
+            except Exception as error:
+                log.warning("no zygote can be started; trying again", error=error, seconds=RESTART_PAUSE)
             await asyncio.sleep(RESTART_PAUSE)
+
+    async def _run_zygote(self) -> int | None:
+        """Run a zygote to its end and return its exit status; then nobody listens, so no caller waits."""
+        with self._listen() as listener:
+            self._zygote = zygote = _spawn_zygote(self._root, listener)
+        self.cache.tell()
+        try:
+            return await asyncio.shield(zygote.exited)
+        finally:
+            await zygote.kill()
+            self._zygote = None
+            self._home.zygote.unlink(missing_ok=True)
 
     def _listen(self) -> socket.socket:
         self._home.zygote.unlink(missing_ok=True)
@@ -150,7 +154,12 @@ def _spawn_zygote(root: Path, listener: socket.socket) -> Process:
         setsigmask=(),
         setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGPIPE),
     )
-    return Process(pid, read_start_time(pid), os.pidfd_open(pid))
+    try:
+        return Process(pid, read_start_time(pid), os.pidfd_open(pid))
+    except OSError:  # no descriptor is left; it must not live on unwatched
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 async def _log(step: str) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
+from kata_shim.config import load
 from kata_shim.errors import ShimError
-from kata_shim.factory import daemon, endpoint
+from kata_shim.factory import cache, daemon, endpoint
 from kata_shim.factory.home import Home
+from kata_shim.factory.launch import Launch
+from tests.factory import configure
+from tests.started import PATIENCE
 
 pytestmark = pytest.mark.quick
 
@@ -50,3 +55,25 @@ async def test_destroying_a_factory_that_does_not_tell_who_it_is(
     assert error.value.message == f"{home.path}/lock: {why}"
     await home.clear()
     home.root.rmdir()
+
+
+async def test_a_defect_while_a_vm_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again, and told meanwhile."""
+    tries: asyncio.Queue[int] = asyncio.Queue()
+
+    async def fail(*_: object) -> None:
+        tries.put_nowait(1)
+        raise KeyError("defect")
+
+    monkeypatch.setattr(cache, "BACK_OFF", 0.001)
+    monkeypatch.setattr(Launch, "make", fail)
+    (tmp_path / "vms").mkdir()
+    config, _ = load(configure(tmp_path / "one.toml", tmp_path))
+    one = cache.Cache(tmp_path / "vms", config, tmp_path / "accelerator.json")
+    one.start()
+    async with asyncio.timeout(PATIENCE):
+        for _ in range(3):
+            await tries.get()
+    assert one.trouble == "KeyError: 'defect'"
+    await one.close()
+    assert os.listdir(tmp_path / "vms") == []

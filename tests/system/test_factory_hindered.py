@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.factory import configure, serving
-from tests.started import PATIENCE
+from tests.started import PATIENCE, kill
 from tests.support import Result, Runtime
 
 
@@ -48,3 +48,20 @@ def test_sockets_are_the_owners_alone(own: Runtime, endpoint: Path) -> None:
         factory.until(lambda status: status["zygote"] > 0)
         modes = [path.stat().st_mode for path in (endpoint, own.root / "factory/zygote.sock")]
     assert modes == [stat.S_IFSOCK | 0o600] * 2
+
+
+def test_a_zygote_that_cannot_be_started(own: Runtime, endpoint: Path) -> None:
+    """There is one as soon as it can be."""
+    place = own.root / "factory/zygote.sock"
+    with serving(own, endpoint) as factory:
+        zygote = factory.until(lambda status: status["zygote"] > 0)["zygote"]
+        place.unlink()
+        place.mkdir()
+        kill(zygote)
+        assert factory.process.stderr is not None
+        for line in factory.process.stderr:
+            if "no zygote can be started" in line:
+                break
+        place.rmdir()
+        factory.until(lambda status: status["zygote"] not in (0, zygote))
+        assert place.is_socket()
