@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -72,24 +73,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        command, options, rest = _parse(arguments)
-        if command == "serve":
-            (sandbox_id,) = rest
-            return _serve(Path(options["--root"]), check_id(sandbox_id), int(options["--listen-fd"]))
-        if command == "check" and not rest:
-            return _check(Path(options["--root"]), options.get("--config", ""))
-        if command == "zygote" and not rest and options["--root"]:
-            return _zygote(int(options["--listen-fd"]))
-        if command == "factory" and len(rest) == 1:
-            root, config = Path(options["--root"]), options.get("--config", "")
-            return _factory(rest[0], root, config, options.get("--format", "text"))
-    except (KeyError, ValueError):
-        pass
+        command = _command(arguments)
+        if command is not None:
+            return command()
     except ShimError as error:
         print(f"containerd-shim-kata-v2: {error.message}", file=sys.stderr)
         return 1
     sys.stderr.write(USAGE)
     return 2
+
+
+def _command(arguments: list[str]) -> Callable[[], int] | None:
+    """Return what the command line asks for; None where it cannot be understood."""
+    try:
+        command, options, rest = _parse(arguments)
+        root, config = Path(options["--root"]), options.get("--config", "")
+        if command == "serve":
+            (sandbox_id,) = rest
+            return partial(_serve, root, check_id(sandbox_id), int(options["--listen-fd"]))
+        if command == "check" and not rest:
+            return partial(_check, root, config)
+        if command == "zygote" and not rest:
+            return partial(_zygote, int(options["--listen-fd"]))
+        if command == "factory" and len(rest) == 1:
+            from kata_shim.faces import factory  # only a factory has any use for it
+
+            return partial(_factory, factory.COMMANDS[rest[0]], root, config, options.get("--format", "text"))
+    except (KeyError, ValueError):
+        pass
+    return None
 
 
 def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
@@ -148,10 +160,7 @@ async def _rehearse() -> None:
         writer.close()
 
 
-def _factory(word: str, root: Path, config: str, form: str) -> int:
-    from kata_shim.faces import factory  # only a factory has any use for it
-
-    command = factory.COMMANDS[word]
+def _factory(command: Callable[[Path, str, str], int], root: Path, config: str, form: str) -> int:
     try:
         return command(root, config, form)
     except ShimError as error:  # kata-runtime's own words, which has become us
