@@ -94,11 +94,13 @@ class Home:
 
     async def sweep(self) -> int:
         """End every VM in here and remove what is left of it; return how many QEMUs that were."""
-        killed = 0
-        with suppress(FileNotFoundError):
-            for directory in sorted(self.vms.iterdir()):
-                killed += await kill_by_log(directory / "qemu.log")
-                shutil.rmtree(directory, ignore_errors=True)  # a taker may just have moved it away
+        try:
+            directories = list(self.vms.iterdir())
+        except FileNotFoundError:
+            return 0
+        killed = await kill_by_log(*(directory / "qemu.log" for directory in directories))
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)  # a taker may just have moved it away
         return killed
 
     async def clear(self) -> int:

@@ -21,6 +21,7 @@ from kata_shim.errors import ShimError
 SETPRIV = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 LAST_WORDS_BYTES = 4096
+KILLED_AT_ONCE = 100  # each takes a descriptor
 
 
 class Process:
@@ -153,30 +154,35 @@ def find_by_log(*logs: Path) -> list[tuple[int, int]]:
     That finds a QEMU of which no record tells. One that is just being started has its starter's stdout for a
     moment: with that log before QEMU's own it cannot slip through.
     """
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and _writes_to(entry, logs):
-            found.append((int(entry.name), read_start_time(int(entry.name))))
-    return found
+    outputs = {int(name): _identity(f"/proc/{name}/fd/1") for name in os.listdir("/proc") if name.isdigit()}
+    outputs.pop(os.getpid(), None)
+    # Only now: a log that was made meanwhile must be known.
+    wanted = {_identity(log) for log in logs} - {None}
+    return [(pid, read_start_time(pid)) for pid, output in outputs.items() if output in wanted]
+
+
+def _identity(file: str | Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        status = os.stat(file)
+        return status.st_dev, status.st_ino
+    return None
 
 
 async def kill_by_log(*logs: Path) -> int:
     """End every other process whose stdout is one of `logs`, and wait for it; return how many there were."""
     found = find_by_log(*logs)
-    for pid, start_time in found:
-        with suppress(ShimError):  # it has ended by itself
-            process = Process.attach(pid, start_time)
-            await process.kill()
-            process.close()
+    for first in range(0, len(found), KILLED_AT_ONCE):
+        await asyncio.gather(*(_kill(*each) for each in found[first : first + KILLED_AT_ONCE]))
     return len(found)
 
 
-def _writes_to(process: Path, logs: Sequence[Path]) -> bool:
-    for log in logs:
-        with suppress(OSError):
-            if (process / "fd/1").samefile(log):
-                return True
-    return False
+async def _kill(pid: int, start_time: int) -> None:
+    with suppress(ShimError):  # it has ended by itself
+        process = Process.attach(pid, start_time)
+        try:
+            await process.kill()
+        finally:
+            process.close()
 
 
 def join_network_namespace(pid: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kata_shim.errors import ShimError
 from kata_shim.factory import cache, daemon, endpoint
 from kata_shim.factory.home import Home
 from kata_shim.factory.launch import Launch
+from kata_shim.qemu.process import KILLED_AT_ONCE, read_start_time, spawn
 from tests.factory import configure
 from tests.started import PATIENCE
 
@@ -77,3 +79,31 @@ async def test_a_defect_while_a_vm_is_made(tmp_path: Path, monkeypatch: pytest.M
     assert one.trouble == "KeyError: 'defect'"
     await one.close()
     assert os.listdir(tmp_path / "vms") == []
+
+
+async def test_many_vms_are_ended_with_one_look_at_the_processes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose logs lie in the factory's directory, and no other."""
+    home = Home(root / "many")
+    assert home.take()
+    other = spawn(["/bin/sleep", "600"], root / "many/other.log")
+    kept = []
+    for number in range(KILLED_AT_ONCE + 1):
+        (home.vms / f"vm{number}").mkdir(parents=True)
+        kept.append(spawn(["/bin/sleep", "600"], home.vms / f"vm{number}/qemu.log"))
+    looks = []
+
+    def look(path: str, real: Callable[[str], list[str]] = os.listdir) -> list[str]:
+        looks.append(str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", look)
+    assert await home.clear() == len(kept)
+    assert looks.count("/proc") == 1
+    assert [read_start_time(process.pid) for process in kept] == [0] * len(kept)
+    await asyncio.gather(*(process.exited for process in kept))
+    assert not other.exited.done()
+    await other.kill()
+    (root / "many/other.log").unlink()
+    home.root.rmdir()
