@@ -37,7 +37,12 @@ READ_TIMEOUT = 1.0  # seconds; a request is written at once
 MAX_REQUEST = 1024 * 1024
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Run = Callable[[list[str]], int]
-_Stamps = dict[bytes, tuple[int, int, int]]
+_Stamp = tuple[int, int, int]
+
+
+class _Self(NamedTuple):
+    pid: int
+    stamps: dict[bytes, _Stamp]
 
 
 class _Request(NamedTuple):
@@ -59,14 +64,14 @@ def serve(listener: socket.socket, run: Run) -> NoReturn:
     # As we are already: a kernel that cannot do this is told of now.
     words = [os.fsencode(word) for word in sys.orig_argv]
     likeness.rename(words[0], words, os.environb)
-    stamps = _stamps()
+    own = _Self(os.getpid(), _stamps())
     gc.collect()
     gc.freeze()
     while True:
         connection, _ = listener.accept()
         try:
             if os.fork() == 0:
-                _child(listener, connection, stamps, run)
+                _child(listener, connection, own, run)
         except OSError as error:
             log.warning("cannot fork", error=error.strerror)
         connection.close()
@@ -91,26 +96,26 @@ def _peer(sock: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def _stamps() -> _Stamps:
+def _stamps() -> dict[bytes, _Stamp]:
     """Return what tells whether the files of our modules are still those that we have imported."""
     files = {module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "kata_shim"}
     paths = [os.fsencode(file) for file in files if file is not None]
     return {path: _stamp(path) for path in paths}
 
 
-def _stamp(path: bytes) -> tuple[int, int, int]:
+def _stamp(path: bytes) -> _Stamp:
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _child(listener: socket.socket, connection: socket.socket, stamps: _Stamps, run: Run) -> NoReturn:
+def _child(listener: socket.socket, connection: socket.socket, zygote: _Self, run: Run) -> NoReturn:
     """Become the shim that the caller asks for, or end."""
     status = 1
     try:
         listener.close()
         connection.settimeout(READ_TIMEOUT)
         try:
-            request = _prepare(connection, stamps)
+            request = _prepare(connection, zygote)
         except Exception as error:
             _refuse(connection, error)
         else:
@@ -130,15 +135,14 @@ def _refuse(connection: socket.socket, error: Exception) -> None:
         connection.sendall(b"-" + reason.encode(errors="replace"))
 
 
-def _prepare(connection: socket.socket, stamps: _Stamps) -> _Request:
+def _prepare(connection: socket.socket, zygote: _Self) -> _Request:
     """Be all of the shim that can be without its socket. Raises ShimError or OSError where that cannot be."""
     caller, uid, _ = _peer(connection)
     if uid != os.geteuid():
         raise ShimError("permission-denied", f"uid {uid} asks, which is not ours")
-    request = _parse(_read(connection))
-    for path, stamp in stamps.items():
-        if _stamp(path) != stamp:
-            raise ShimError("failed-precondition", f"{os.fsdecode(path)} has changed since it was imported")
+    data = _read(connection)
+    _require_up_to_date(zygote)
+    request = _parse(data)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -149,6 +153,20 @@ def _prepare(connection: socket.socket, stamps: _Stamps) -> _Request:
     time.tzset()
     likeness.rename(request.command[0], request.command, request.environment)
     return request
+
+
+def _require_up_to_date(zygote: _Self) -> None:
+    """Raise ShimError, and end the zygote, when it has imported what is no longer installed.
+
+    Whoever started it starts another, which is up to date.
+    """
+    for path, stamp in zygote.stamps.items():
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if _stamp(path) == stamp:
+                continue
+        if os.getppid() == zygote.pid:  # else it has ended already
+            os.kill(zygote.pid, signal.SIGTERM)
+        raise ShimError("failed-precondition", f"{os.fsdecode(path)} has changed since it was imported")
 
 
 def _read(connection: socket.socket) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kata_shim import client
+from kata_shim import __version__, client
 from kata_shim.factory.zygote import MAX_REQUEST
 from tests.cgroups import cgroups
 from tests.started import PATIENCE, kill, shims
@@ -314,15 +314,17 @@ def test_caller_with_another_root_directory(one: Zygote, root: Path, tmp_path: P
         subprocess.run(["umount", "--recursive", tmp_path], check=True)
 
 
-def test_another_version_of_the_same_version(one: Zygote, root: Path) -> None:
-    """An installation that was changed under a running zygote is not what it has imported."""
+@pytest.mark.parametrize("version", [__version__, "0.0.0"])
+def test_another_installation(one: Zygote, root: Path, version: str) -> None:
+    """One that was changed under a running zygote is not what it has imported: it makes room for another."""
     still_serves(one, root)
     file = PROJECT / "kata_shim/quoting.py"
     before = file.stat()
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     try:
-        refused(one, request(root, "a"))
+        refused(one, request(root, "a", version=version))
         assert "has changed since it was imported" in one.said()
+        assert ended({one.pid})
     finally:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
