@@ -67,7 +67,7 @@ def _pss(place: Place, factory: Factory) -> dict[str, list[float]]:
     for sandbox in sandboxes:
         stat = Path(f"/proc/{sandbox['shimPid']}/stat").read_text()
         if int(stat.rpartition(")")[2].split()[1]) != zygote:
-            raise RuntimeError(f"the shim of {sandbox['id']} was not forked: have its files been changed?")
+            raise place.failure(f"the shim of {sandbox['id']} is not of the zygote's")
     pids = {
         "shim": [sandbox["shimPid"] for sandbox in sandboxes],
         "qemu": [sandbox["pid"] for sandbox in sandboxes],

@@ -96,7 +96,7 @@ class Place:
             text=True,
         )
         if done.returncode:
-            raise self._failure(done.returncode)
+            raise self.failure(f"a command ended with status {done.returncode}")
         return done.stdout
 
     def time(self, command: list[str]) -> float:
@@ -118,7 +118,7 @@ class Place:
         """Wait for a process of `spawn`; raises RuntimeError when it failed."""
         _, status = os.waitpid(pid, 0)
         if status:
-            raise self._failure(os.waitstatus_to_exitcode(status))
+            raise self.failure(f"a command ended with status {os.waitstatus_to_exitcode(status)}")
 
     def start_factory(self) -> Factory:
         """Start `kata-runtime factory init`, which ends with this place; return it at work."""
@@ -138,10 +138,11 @@ class Place:
         factory.until_full()
         return factory
 
-    def _failure(self, status: int) -> RuntimeError:
+    def failure(self, what: str) -> RuntimeError:
+        """Return an error with the last that CLI and factory have said."""
         size = os.fstat(self._errors.fileno()).st_size
         said = os.pread(self._errors.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
-        return RuntimeError(f"a command ended with status {status}; the last that was said:\n{said}")
+        return RuntimeError(f"{what}; the last that was said:\n{said}")
 
 
 class Factory:
