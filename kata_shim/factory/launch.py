@@ -11,6 +11,7 @@ from kata_shim.config import Config
 from kata_shim.errors import ShimError
 from kata_shim.factory.take import kind, take
 from kata_shim.factory.template import Identity, Templates, identify
+from kata_shim.qemu.migration import SAVE_TIMEOUT
 from kata_shim.vm.machine import Machine, Started, Step
 
 
@@ -52,6 +53,7 @@ class Launch:
             except ShimError as error:
                 self.notes.append(f"no clone of the template, so the guest is booted: {error.message}")
                 log.warning("no clone", error=error.message)
+                await machine.close()
                 machine = await self._machine(self._directory)
         await machine.boot(name, uuid, started, step)
         return machine
@@ -63,7 +65,7 @@ class Launch:
             identity = identify(machine.describe())
         finally:
             await machine.close()
-        await self._make_template(identity, step, wait=True)
+        await self._make_template(identity, step, wait=self._patience)
 
     async def _take(self, name: str, started: Started, step: Step) -> Machine | None:
         """Go on with a machine out of the cache; None when there is none that is as good as a new one."""
@@ -93,15 +95,17 @@ class Launch:
                 if saved is not None:
                     try:
                         await machine.clone(saved, name, uuid, started, step)
-                    except ShimError:
-                        templates.discard(identity)
+                    except ShimError as error:
+                        # Its own fault, not that of whoever killed this QEMU.
+                        if machine.has_failed or error.code == "deadline-exceeded":
+                            templates.discard(identity, saved)
                         raise
                     return True
-            if not await self._make_template(identity, step, wait=factory.template_wait):
+            if not await self._make_template(identity, step, wait=factory.template_wait * self._patience):
                 return False
         return False
 
-    async def _make_template(self, identity: Identity, step: Step, *, wait: bool) -> bool:
+    async def _make_template(self, identity: Identity, step: Step, *, wait: float) -> bool:
         await step("making the template")
         templates = Templates(Path(self._config.factory.template_path))
         boot = partial(self._boot_template, step)
@@ -115,7 +119,16 @@ class Launch:
         finally:
             os.close(state)
 
+    @property
+    def _patience(self) -> float:
+        """Seconds that one who makes a template may take."""
+        return self._config.hypervisor.agent_timeout + SAVE_TIMEOUT
+
     async def _machine(self, directory: Path) -> Machine:
         machine = Machine(directory, self._config, self._accelerators)
-        await machine.choose_accelerator()
+        try:
+            await machine.choose_accelerator()
+        except BaseException:
+            await machine.close()
+            raise
         return machine

@@ -1,9 +1,9 @@
 """Templates: guests that were booted once and saved; a clone maps the memory privately and shares its pages.
 
-    <template_path>/           a tmpfs, 0700
-        lock                   held by the one who makes a template, or clears them
+    <template_path>/           a tmpfs, 0700; locked (flock) by the one who makes a template, or clears them
         <fingerprint>/         memory  state  template.json (what it was made of, for those who clear)
-        .new-…/                one that is being made, or whose maker was killed
+        .new-…/                one that is being made, or whose maker or remover was killed
+        failed                 when and why the last making failed, for those who waited for it
 
 A fingerprint covers all that a saved state depends on, so a template is never checked: what changes has
 another name, and the old one is cleared by the maker of the next.
@@ -16,15 +16,16 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
-import stat
 import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import orjson
 
@@ -33,14 +34,19 @@ from kata_shim.errors import ShimError
 from kata_shim.factory import tmpfs
 from kata_shim.qemu import cmdline
 from kata_shim.qemu.cmdline import MachineSpec
+from kata_shim.qemu.monitor import run_to_end
 from kata_shim.qemu.process import kill_by_log
 from kata_shim.vm.machine import Saved
 
 MOST = 4  # templates kept: each holds what its guest touched, about 100 MiB
 MIB = 1 << 20
+CLEAR_TIMEOUT = 10.0  # seconds that clearing waits for a maker
 _MAKING = ".new-"
 _INFORMATION = "template.json"
 _FAILED = "failed"
+_NAME = re.compile(r"[0-9a-f]{32}")
+_SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC
+_FILES = ("memory", "state", _INFORMATION)
 
 Make = Callable[[Path], Awaitable[None]]
 
@@ -75,7 +81,7 @@ def _mark(path: str) -> list[int]:
 
 
 class Templates:
-    """The templates in one directory."""
+    """The templates in one directory; what else is in there is let alone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -85,85 +91,83 @@ class Templates:
         """Open the template of this identity for a clone; None when there is none.
 
         The open files stay valid whatever becomes of the directory. For a `shared` clone the memory is a copy
-        of its own. Raises ShimError `permission-denied` when somebody else could have put it there.
+        of its own. Raises ShimError, `permission-denied` when somebody else could have put it there.
         """
         with ExitStack() as closing:
-            memory, state = self._open(identity, closing)
-            if shared and memory >= 0:
-                began = time.monotonic()
-                memory = await asyncio.to_thread(_copy, memory)
-                closing.callback(os.close, memory)
-                log.info("the template's memory is copied", seconds=round(time.monotonic() - began, 3))
-            yield Saved(memory, state, shared) if memory >= 0 else None
+            with self._in_words():
+                saved = self._open(identity, closing, shared=shared)
+                if saved is not None and shared:
+                    saved = await run_to_end(asyncio.to_thread(_copied, saved, closing))
+            yield saved
 
-    def _open(self, identity: Identity, closing: ExitStack) -> tuple[int, int]:
-        if not self._is_ours():
-            return -1, -1
-        directory = self.path / identity.fingerprint
+    def _open(self, identity: Identity, closing: ExitStack, *, shared: bool) -> Saved | None:
         try:
-            memory = os.open(directory / "memory", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            directory = self._open_directory(closing)
+            template = os.open(identity.fingerprint, os.O_DIRECTORY | _SAFELY, dir_fd=directory)
+            closing.callback(os.close, template)
+            memory = os.open("memory", os.O_RDWR | _SAFELY, dir_fd=template)
             closing.callback(os.close, memory)
-            state = os.open(directory / "state", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            state = os.open("state", os.O_RDONLY | _SAFELY, dir_fd=template)
             closing.callback(os.close, state)
-            os.utime(directory)  # the least lately used are cleared first
         except FileNotFoundError:
-            return -1, -1
-        return memory, state
+            return None
+        os.utime(template)  # the least lately used are cleared first
+        return Saved(memory, state, shared)
 
-    def discard(self, identity: Identity) -> None:
-        """Remove a template that turned out to be useless, so that the next start makes a new one."""
-        shutil.rmtree(self.path / identity.fingerprint, ignore_errors=True)
+    def discard(self, identity: Identity, saved: Saved) -> None:
+        """Remove a template that turned out to be useless, unless another has been made in its place."""
+        template = self.path / identity.fingerprint
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(saved.state), os.stat(template / "state")):
+                self._remove(template)
 
-    async def make(self, identity: Identity, memory: int, make: Make, *, wait: bool) -> bool:
+    async def make(self, identity: Identity, memory: int, make: Make, *, wait: float) -> bool:
         """Have `make` fill a directory with `memory` (of that many MiB) and `state`; False: another does.
 
-        One at a time: with `wait` the others wait for its end, and find the template made. Raises ShimError
-        when it fails, and for those who waited meanwhile.
+        One at a time: the others wait so many seconds for its end, and find the template made. Raises
+        ShimError when it fails, also for those who waited meanwhile, and `deadline-exceeded` after `wait`.
         """
-        self._prepare()
-        began = time.time()
-        async with self._locked(wait=wait) as locked:
-            if not locked:
-                return False
-            if (self.path / identity.fingerprint).exists():
-                return True
-            with suppress(FileNotFoundError):
-                if os.stat(self.path / _FAILED).st_mtime >= began:
-                    raise ShimError("aborted", (self.path / _FAILED).read_text())
-            await self._clear_unfinished()
-            try:
-                await self._make(identity, memory, make)
-            except (ShimError, OSError) as error:
-                (self.path / _FAILED).write_text(str(error))
-                raise
-            self._clear_outdated()
+        began = time.monotonic()
+        template = self.path / identity.fingerprint
+        with self._in_words():
+            os.makedirs(self.path, 0o700, exist_ok=True)
+            async with self._locked(wait) as locked:
+                if not locked:
+                    return False
+                if all((template / name).exists() for name in _FILES):
+                    return True
+                self._hear_failure(began)
+                await self._clear_unfinished()
+                self._remove(template)
+                try:
+                    await self._make(identity, memory, make)
+                except (ShimError, OSError) as error:
+                    self._tell_failure(str(error))
+                    raise
+                self._clear_outdated()
         return True
 
     def listed(self) -> list[dict[str, object]]:
         """Return the templates, the last used first: fingerprint, bytes in memory, seconds since made."""
-        found = []
-        with suppress(FileNotFoundError):
-            whole = self.path.glob("[!.]*/")
-            for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True):
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    files = [os.stat(path / name) for name in ("memory", "state")]
-                    age = round(time.time() - files[1].st_mtime)
-                    size = sum(file.st_blocks for file in files) * 512  # stat(2)'s unit
-                    found.append({"fingerprint": path.name, "bytes": size, "seconds": age})
+        found: list[dict[str, object]] = []
+        for path in self._last_used_first():
+            with suppress(OSError):
+                files = [os.stat(path / name) for name in ("memory", "state")]
+                age = round(time.time() - files[1].st_mtime)
+                size = sum(file.st_blocks for file in files) * 512  # stat(2)'s unit
+                found.append({"fingerprint": path.name, "bytes": size, "seconds": age})
         return found
 
     async def clear(self) -> None:
-        """Remove all templates and what was mounted for them; clones go on."""
-        if not self._is_ours():
-            return
-        async with self._locked(wait=True):
-            await self._clear_unfinished()
-            for entry in self.path.iterdir():
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
-        tmpfs.unmount(self.path)
+        """Remove all templates and what was mounted for them; clones go on. Raises ShimError."""
+        with self._in_words(), suppress(FileNotFoundError):
+            async with self._locked(CLEAR_TIMEOUT, mount=False):
+                await self._clear_unfinished()
+                for path in self._last_used_first():
+                    self._remove(path)
+                (self.path / _FAILED).unlink(missing_ok=True)
+                if not os.listdir(self.path):
+                    tmpfs.unmount(self.path)
 
     async def _make(self, identity: Identity, memory: int, make: Make) -> None:
         directory = Path(tempfile.mkdtemp(prefix=_MAKING, dir=self.path))
@@ -176,52 +180,112 @@ class Templates:
         except BaseException:
             shutil.rmtree(directory)
             raise
+        (self.path / _FAILED).unlink(missing_ok=True)
 
-    def _prepare(self) -> None:
-        """See that there is a directory of ours on a tmpfs; a disk's would be written back for ever."""
-        try:
-            os.makedirs(self.path, 0o700, exist_ok=True)
-            if self._is_ours() and not tmpfs.is_in_memory(self.path):
-                tmpfs.mount(self.path)
-        except OSError as error:
-            raise ShimError("failed-precondition", f"template_path: {self.path}: {error.strerror}") from None
+    def _hear_failure(self, began: float) -> None:
+        """Raise what the maker's making failed of for whom this one has waited, if it has."""
+        with suppress(OSError, ValueError, KeyError):
+            failed = orjson.loads((self.path / _FAILED).read_bytes())
+            if began <= failed["at"] <= time.monotonic():
+                raise ShimError("aborted", failed["why"])
 
-    def _is_ours(self) -> bool:
-        """Whether the directory is there; raises ShimError if anybody else could have written to it."""
-        try:
-            found = os.lstat(self.path)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise ShimError("failed-precondition", f"template_path: {self.path}: {error.strerror}") from None
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    def _tell_failure(self, why: str) -> None:
+        with suppress(OSError):
+            (self.path / _FAILED).write_bytes(orjson.dumps({"at": time.monotonic(), "why": why}))
+
+    def _open_directory(self, closing: ExitStack) -> int:
+        """Open the directory; raises ShimError if anybody else could have written to it, and OSError."""
+        directory = -1
+        with suppress(NotADirectoryError):
+            directory = os.open(self.path, os.O_DIRECTORY | _SAFELY)
+            closing.callback(os.close, directory)
+        found = os.fstat(directory) if directory >= 0 else None
+        if found is None or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             text = "must be a directory of this user's own, mode 0700; correct it, or set another"
             raise ShimError("permission-denied", f"template_path: {self.path} {text}")
-        return True
+        return directory
 
     @asynccontextmanager
-    async def _locked(self, *, wait: bool) -> AsyncIterator[bool]:
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    async def _locked(self, wait: float, *, mount: bool = True) -> AsyncIterator[bool]:
+        """Hold the directory's lock, on a tmpfs where it was on a disk, which would write it all back.
+
+        What is locked is what stands at the path: whoever mounts or unmounts there holds the lock before.
+        """
+        while True:
+            with ExitStack() as closing:
+                directory = self._open_directory(closing)
+                if not await self._flock(directory, wait):
+                    yield False
+                    return
+                if not os.path.samestat(os.fstat(directory), os.stat(self.path)):
+                    continue
+                if mount and not tmpfs.is_in_memory(self.path):
+                    tmpfs.mount(self.path)
+                    continue
+                yield True
+                return
+
+    async def _flock(self, directory: int, wait: float) -> bool:
+        """Take the lock; the waiting is a thread's, which ends once the lock has come free."""
         try:
-            yield await _flock(lock, wait=wait)
-        finally:
-            os.close(lock)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if not wait:
+                return False
+        loop = asyncio.get_running_loop()
+        locked = asyncio.Event()
+
+        def take() -> None:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                loop.call_soon_threadsafe(locked.set)
+
+        threading.Thread(target=take, daemon=True).start()
+        try:
+            return await asyncio.wait_for(locked.wait(), wait)
+        except TimeoutError:
+            text = f"template_path: {self.path}: another has been making a template for {wait:g} s"
+            raise ShimError("deadline-exceeded", text) from None
 
     async def _clear_unfinished(self) -> None:
-        """Remove what makers left who were killed; their QEMU died with them, or does now."""
+        """Remove what those left who were killed; a maker's QEMU died with it, or does now."""
         for directory in self.path.glob(f"{_MAKING}*"):
             await kill_by_log(directory / "qemu.log")
             shutil.rmtree(directory)
 
     def _clear_outdated(self) -> None:
         """Keep the MOST lately used templates whose files are still the same."""
-        with os.scandir(self.path) as entries:
-            found = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
-        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for number, path in enumerate(found):
+        for number, path in enumerate(self._last_used_first()):
             if number >= MOST or _is_outdated(path):
                 log.info("a template is cleared", name=path.name)
-                shutil.rmtree(path)
+                self._remove(path)
+
+    def _last_used_first(self) -> list[Path]:
+        with suppress(FileNotFoundError), os.scandir(self.path) as entries:
+            found = [
+                (entry.stat(follow_symlinks=False).st_mtime_ns, Path(entry.path))
+                for entry in entries
+                if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+            return [path for _, path in sorted(found, reverse=True)]
+        return []
+
+    def _remove(self, template: Path) -> None:
+        """Remove a template, of which at no moment a part stands under its name."""
+        with suppress(FileNotFoundError):
+            gone = template.with_name(f"{_MAKING}{uuid4().hex}")
+            os.rename(template, gone)
+            shutil.rmtree(gone)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Turn what the file system refuses into a ShimError that names the place."""
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or self.path
+            raise ShimError("failed-precondition", f"template_path: {where}: {error.strerror}") from None
 
 
 def _seal(directory: Path, identity: Identity) -> None:
@@ -240,28 +304,13 @@ def _is_outdated(directory: Path) -> bool:
         return True
 
 
-async def _flock(file: int, *, wait: bool) -> bool:
-    """Take an exclusive lock; the waiting is a thread's, which ends by itself once `file` is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        if not wait:
-            return False
-    loop = asyncio.get_running_loop()
-    locked = loop.create_future()
-
-    def tell() -> None:
-        if not locked.done():
-            locked.set_result(True)
-
-    def take() -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            loop.call_soon_threadsafe(tell)
-
-    threading.Thread(target=take, daemon=True).start()
-    return bool(await locked)
+def _copied(saved: Saved, closing: ExitStack) -> Saved:
+    """Return the same with its memory copied to a memfd, which `closing` closes."""
+    began = time.monotonic()
+    memory = _copy(saved.memory)
+    closing.callback(os.close, memory)
+    log.info("the template's memory is copied", seconds=round(time.monotonic() - began, 3))
+    return saved._replace(memory=memory)
 
 
 def _copy(memory: int) -> int:

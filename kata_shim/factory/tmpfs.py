@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 _OPTIONS = b"mode=0700"
@@ -31,11 +32,16 @@ def mount(path: Path) -> None:
 
 def unmount(path: Path) -> None:
     """Take away the tmpfs that `mount` put over a directory, if any; raises OSError."""
+    real = os.path.realpath(path)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")
-        if fields.split()[4] == str(path) and rest.split()[1] == _NAME:
-            _call("umount2", os.fsencode(path), _MNT_DETACH, path=path)
-            return
+        if _unescaped(fields.split()[4]) == real and rest.split()[1] == _NAME:
+            _call("umount2", os.fsencode(real), _MNT_DETACH, path=path)
+
+
+def _unescaped(field: str) -> str:
+    """Return a path as it is: mountinfo has blanks, tabs, newlines and backslashes in octal (proc(5))."""
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)
 
 
 def _call(name: str, *arguments: bytes | int, path: Path) -> None:

@@ -66,6 +66,7 @@ class _Agent:
             await self._agent.children.run(["modprobe", "--", module.name, *module.parameters])
         if request.hostname:
             system.set_hostname(request.hostname)
+        system.set_machine_id()
         self._agent.sandbox_id = request.sandbox_id
         return Empty()
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import time
+import uuid
 
 from kata_shim import log
 from kata_shim.errors import ShimError, invalid
@@ -40,6 +41,17 @@ def take_precedence() -> None:
 def set_hostname(name: str) -> None:
     """Set the guest's host name."""
     socket.sethostname(name[:HOST_NAME_MAX])
+
+
+def set_machine_id() -> None:
+    """Give the guest a machine id of its own, as machine-id(5) has it: a clone's would be its template's.
+
+    Under another init, whose system it is, it stays.
+    """
+    if os.getpid() != 1:
+        return
+    with open("/etc/machine-id", "w") as file:
+        file.write(f"{uuid.uuid4().hex}\n")
 
 
 def set_time(seconds: int, microseconds: int) -> None:

@@ -6,9 +6,12 @@ same command line, whose memory is that file, mapped any way. Reference: QEMU's 
 
 from __future__ import annotations
 
+import asyncio
+
 from kata_shim.errors import ShimError
 from kata_shim.qemu.monitor import Monitor
 
+SAVE_TIMEOUT = 30.0  # seconds; what is written is half a MiB
 _CAPABILITIES = ("x-ignore-shared", "events")
 _SAVE_FD = "state"
 
@@ -18,13 +21,17 @@ async def save(monitor: Monitor, state: int) -> None:
 
     It is saved as one that runs, so that it runs as soon as it is loaded. Raises ShimError.
     """
-    await _prepare(monitor)
-    await monitor.pass_fd(_SAVE_FD, state)
-    async with monitor.events("MIGRATION") as events:
-        await monitor.execute("migrate", {"uri": f"fd:{_SAVE_FD}"})
-        while (status := _status((await events.next())["data"])) != "completed":
-            if status in ("failed", "cancelled"):
-                raise ShimError("internal", f"QEMU, migrate: the guest's state was not saved: {status}")
+    try:
+        async with asyncio.timeout(SAVE_TIMEOUT), monitor.events("MIGRATION") as events:
+            await _prepare(monitor)
+            await monitor.pass_fd(_SAVE_FD, state)
+            await monitor.execute("migrate", {"uri": f"fd:{_SAVE_FD}"})
+            while (status := _status((await events.next())["data"])) != "completed":
+                if status in ("failed", "cancelled"):
+                    raise ShimError("internal", f"QEMU, migrate: the guest's state was not saved: {status}")
+    except TimeoutError:
+        text = f"QEMU, migrate: the guest's state was not saved within {SAVE_TIMEOUT:g} s"
+        raise ShimError("deadline-exceeded", text) from None
 
 
 async def load(monitor: Monitor, state: int) -> None:

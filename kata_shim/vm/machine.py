@@ -26,13 +26,12 @@ from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import COMMAND_TIMEOUT, Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.topology import Slot
-from kata_shim.vm.spec import describe, topology
+from kata_shim.vm.spec import describe, guest_cid, topology
 from kata_shim.vm.taps import HostTaps
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
 END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
-CLONE_TIMEOUT = 10.0  # seconds; a clone answers in a tenth of one
 Step = Callable[[str], Awaitable[None]]
 Started = Callable[[Process], Awaitable[None]]
 Fds = tuple[int, ...]
@@ -106,9 +105,10 @@ class Machine:
 
         Its QEMU dies with this process. Raises as `boot`.
         """
-        spec = replace(self.describe(), name="template", uuid=str(uuid4()))  # so is its vsock context id
+        spec = replace(self.describe(), name="template", memory_path=str(memory), shared_memory=True)
         try:
-            await self._start(replace(spec, memory_path=str(memory), shared_memory=True), None)
+            # Its uuid is nobody's, and stays in its clones' SMBIOS; its context id must be its own meanwhile.
+            await self._start(spec, None, cid_of=str(uuid4()))
             await step("booting the template")
             await self._open_agent(self._hypervisor.agent_timeout)
             await self.agent.close()
@@ -130,7 +130,7 @@ class Machine:
         async with self._dead_unless_whole():
             await self._start(spec, started, (saved.memory, saved.state))
             await self._unless_gone(migration.load(self.monitor, saved.state))
-            await self._open_agent(CLONE_TIMEOUT)
+            await self._open_agent(self._hypervisor.agent_timeout)
             await self._make_its_own(name)
 
     async def park(self) -> None:
@@ -146,7 +146,7 @@ class Machine:
             await started(self.process)
             await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
             await self._unless_gone(self.monitor.execute("cont"))
-            await self._open_agent(CLONE_TIMEOUT)
+            await self._open_agent(self._hypervisor.agent_timeout)
             await self._make_its_own(name)
 
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
@@ -189,6 +189,12 @@ class Machine:
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether QEMU ended by itself, with an error: nobody has killed it."""
+        exited = self.process.exited if hasattr(self, "process") else None
+        return exited is not None and exited.done() and not exited.cancelled() and (exited.result() or 0) > 0
 
     def cause(self) -> str:
         """Return the best reason known for QEMU's end: the guest's panic, QEMU's last words, its status."""
@@ -295,9 +301,11 @@ class Machine:
             await self.kill()
             raise
 
-    async def _start(self, spec: cmdline.MachineSpec, started: Started | None, files: Fds = ()) -> None:
+    async def _start(
+        self, spec: cmdline.MachineSpec, started: Started | None, files: Fds = (), cid_of: str = ""
+    ) -> None:
         """Start QEMU and connect to its sockets; one that nobody is told of dies with us."""
-        cid = guest_cid(spec.uuid) if self._hypervisor.use_vsock else 0
+        cid = guest_cid(cid_of or spec.uuid) if self._hypervisor.use_vsock else 0
         for name in SOCKETS:  # of a machine that did not come up
             (self._near / f"{name}.sock").unlink(missing_ok=True)
         listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
@@ -322,6 +330,7 @@ class Machine:
 
     def _listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        os.fchmod(listener.fileno(), 0o600)  # which bind(2) gives to the path
         try:
             listener.bind(f"{self._near}/{name}.sock")
             listener.listen(1)
@@ -350,7 +359,8 @@ class Machine:
                 raise
             heard = self.console.cause()
             words = f"; the guest's console: {heard}" if heard else ""
-            text = f"the guest's agent does not answer within {timeout:g} s (agent_timeout){words}"
+            field = " (agent_timeout)" if timeout == self._hypervisor.agent_timeout else ""
+            text = f"the guest's agent does not answer within {timeout:g} s{field}{words}"
             raise ShimError("deadline-exceeded", text) from None
 
     async def _unless_gone(self, waiting: Coroutine[Any, Any, _T]) -> _T:
@@ -401,8 +411,3 @@ async def together(*works: Coroutine[Any, Any, None]) -> None:
                 group.create_task(work)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-
-
-def guest_cid(uuid: str) -> int:
-    """Return a context id for the guest, from the sandbox's uuid: 0, 1, 2 and 2^32-1 are taken (vsock(7))."""
-    return 3 + int(uuid.replace("-", ""), 16) % (2**32 - 4)

@@ -47,3 +47,8 @@ def describe(
         shared_memory=hypervisor.shared_memory,
         enable_debug=hypervisor.enable_debug,
     )
+
+
+def guest_cid(uuid: str) -> int:
+    """Return a context id for the guest, from the sandbox's uuid: 0, 1, 2 and 2^32-1 are taken (vsock(7))."""
+    return 3 + int(uuid.replace("-", ""), 16) % (2**32 - 4)

@@ -12,8 +12,8 @@ from tests.system.network import agree, booted, cleared, held_files
 
 @pytest.fixture(scope="session")
 def shared_guest(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
-    """A q35 sandbox with one CPU and 25 slots."""
-    with booted(runtime, tmp_path_factory.mktemp("shared"), "shared-guest") as guest:
+    """A q35 sandbox with one CPU, 25 slots and memory that a vhost-user back end could share."""
+    with booted(runtime, tmp_path_factory.mktemp("shared"), "shared-guest", shared_memory=True) as guest:
         cleared(guest)
         yield guest
 

@@ -41,7 +41,7 @@ def test_stopped_shim(runtime: Runtime, tmp_path: Path) -> None:
 def test_shim_stopped_while_it_starts(runtime: Runtime) -> None:
     """Its caller can be interrupted, and leaves nothing behind."""
     run = Started(runtime, "run", "--detach", "silent")
-    run.until("booting the guest")
+    run.until("cloning the template")
     (shim,) = shims(runtime.root, "silent")
     with watched(shim) as ended:
         os.kill(shim, signal.SIGSTOP)

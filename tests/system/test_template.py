@@ -49,6 +49,7 @@ print(json.dumps({
     "canary": ctypes.string_at(at_random(25), 16).hex(),
     "stack": hex(id(object())),
     "sequence number": sniffer.recv(100)[24:28].hex(),
+    "machine id": open("/etc/machine-id").read(),
     "host name": open(kernel + "hostname").read().strip(),
     "time": time.time(),
 }))
@@ -222,24 +223,15 @@ def test_another_machine_has_another_template(root: Path, own: Factory, tmp_path
     assert len([path for path in first if path.exists()]) == 1
 
 
-@pytest.mark.parametrize("change", ["touched", "replaced", "rewritten"])
-def test_stale_template_is_made_again(root: Path, own: Factory, tmp_path: Path, change: str) -> None:
+def test_stale_template_is_made_again(root: Path, own: Factory, tmp_path: Path) -> None:
+    """What makes one stale is tested with the identity of templates, without a guest."""
     initrd = tmp_path / "initrd"
     shutil.copy(INITRD, initrd)
     config = configure(tmp_path / "c.toml", own.path, initrd=str(initrd), shared_memory=False)
     changing = Factory(Runtime(root, config), own.path)
     assert changing.run("a") == "template"
     (template,) = changing.templates()
-    status = initrd.stat()
-    if change == "touched":
-        os.utime(initrd)
-    elif change == "replaced":
-        shutil.copy(INITRD, tmp_path / "new")
-        os.utime(tmp_path / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
-        os.replace(tmp_path / "new", initrd)
-    else:
-        initrd.write_bytes(INITRD.read_bytes())
-        os.utime(initrd, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(initrd)
     assert changing.run("b") == "template"
     (other,) = changing.templates()
     assert other != template

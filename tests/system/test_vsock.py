@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kata_shim.vm.machine import guest_cid
+from kata_shim.vm.spec import guest_cid
 from tests.started import write_config
 from tests.support import Guest, Result, Runtime
 from tests.system.nested import Nested, host

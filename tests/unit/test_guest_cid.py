@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata_shim.vm.machine import guest_cid
+from kata_shim.vm.spec import guest_cid
 
 pytestmark = pytest.mark.quick
 
