@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,12 @@ with socket.socket(socket.AF_VSOCK) as call:
         print(b"")
 """
 
+# IOCTL_VM_SOCKETS_GET_LOCAL_CID of the kernel's vm_sockets.h.
+CONTEXT_ID = """
+import fcntl, struct
+print(struct.unpack("I", fcntl.ioctl(open("/dev/vsock"), 0x7B9, bytes(4)))[0])
+"""
+
 
 @pytest.fixture(scope="module")
 def nested(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nested]:
@@ -40,6 +47,7 @@ def nested(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     directory = tmp_path_factory.mktemp("nested")
     config = write_config(
         directory / "vsock.toml",
+        Path("/run/template"),
         use_vsock=True,
         accelerator="kvm",
         default_memory=300,
@@ -68,6 +76,13 @@ def test_refused_without_vhost_vsock(nested: Nested) -> None:
     assert nested("run", "--detach", "sb") == Result(
         1, "", f"{nested.config}:2: [hypervisor.qemu] use_vsock: true; {message}\n"
     )
+
+
+def test_a_clone_has_a_context_id_of_its_own(nested: Nested, guest: Guest) -> None:
+    """The template had another; what follows is all said by a clone."""
+    assert nested("state", "sb").json["source"] == "template"
+    uuid = json.loads(nested.shell("cat /run/nested/sandboxes/sb/record.json").stdout)["uuid"]
+    assert guest.run("python3", "-c", CONTEXT_ID) == Result(0, f"{guest_cid(uuid)}\n", "")
 
 
 def test_vsock_is_the_channel(nested: Nested, guest: Guest) -> None:
