@@ -23,6 +23,7 @@ from tests.support import Guest, Result, Runtime, shipped
 LONG_ID = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_.-0123456789" + "a" * 25
 OTHER_ID = "abcdefghijklmnopqrstuvwxyz" + "-" * 38
 EMULATED = "no usable KVM on this host: QEMU emulates (TCG), which is slow\n"
+POWER_OFF = ("sh", "-c", "echo o > /proc/sysrq-trigger; exec sleep 1000")
 STEPS = {
     "clone": ("finding the accelerator", "cloning the template"),
     "boot": ("finding the accelerator", "starting QEMU", "booting the guest"),
@@ -100,7 +101,7 @@ def test_attached_run_ends_by_signal(runtime: Runtime, guest: Guest, number: sig
 
 def test_attached_run_ends_with_its_guest(runtime: Runtime, guest: Guest, accelerator: str) -> None:
     with runtime.start("run", "a") as run:
-        powered_off = _wait_and(runtime, "a", "sh", "-c", "echo o > /proc/sysrq-trigger; exec sleep 1000")
+        powered_off = _wait_and(runtime, "a", *POWER_OFF)
         out, err = run.communicate(timeout=60)
     assert powered_off.stderr == "the guest has powered off\n"
     assert (run.returncode, out.decode(), err.decode()) == (0, "", _warning(accelerator))
@@ -291,7 +292,7 @@ def test_life_after_power_off(runtime: Runtime, guest: Guest) -> None:
     assert runtime("run", "--detach", "a").status == 0
     pid = runtime("state", "a").json["pid"]
     with watched(pid) as ended:
-        assert runtime("exec", "a", "--", "sh", "-c", "echo o > /proc/sysrq-trigger; exec sleep 1000").status == 1
+        assert runtime("exec", "a", "--", *POWER_OFF).status == 1
         assert ended(30)
     state = runtime("state", "a").json
     assert (state["status"], state["pid"], "cause" in state) == ("stopped", 0, False)
