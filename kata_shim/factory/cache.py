@@ -159,7 +159,7 @@ class Cache:
         self.making += 1
         self.tell()
         try:
-            vm = await self._start(self._directory / uuid4().hex)
+            vm = await self._start(str(uuid4()))
         except ShimError as error:
             return error.message
         except OSError as error:
@@ -174,12 +174,13 @@ class Cache:
         self._spawn(self._watch(vm))
         return None
 
-    async def _start(self, directory: Path) -> Vm:
-        uuid, own = str(uuid4()), await self._own_kind()
+    async def _start(self, uuid: str) -> Vm:
+        """Make a VM; QEMU keeps the name it gets here, whosever it will be, so that is its uuid."""
+        directory, own = self._directory / uuid, await self._own_kind()
         os.mkdir(directory, 0o700)
         try:
             launch = Launch(directory, self._config, self._accelerators)
-            machine = await launch.make(directory.name, uuid, _told, _told)
+            machine = await launch.make(uuid, uuid, _told, _told)
             try:
                 process = Process.attach(machine.process.pid, machine.process.start_time)
                 await machine.park()
@@ -200,8 +201,8 @@ class Cache:
             self.tell()
         if vm in self._kept:
             await asyncio.sleep(BACK_OFF)  # the next might die as soon as it is made
-            self._lose(vm)
             await self._discard(vm)
+            self._lose(vm)
 
     def _lose(self, vm: Vm) -> None:
         """Have one made in the place of a VM that is no longer the cache's; once for each."""
@@ -213,8 +214,14 @@ class Cache:
         self.tell()
 
     async def _discard(self, vm: Vm) -> None:
+        """End a VM, unless one who was offered it has come after all."""
+        ended = vm.directory.with_name(f"ended-{vm.directory.name}")
+        try:
+            vm.directory.rename(ended)
+        except FileNotFoundError:
+            return
         await vm.process.kill()
-        await asyncio.to_thread(shutil.rmtree, vm.directory, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, ended, ignore_errors=True)
 
     def tell(self) -> None:
         """Let those go on who wait for `changed`."""

@@ -1,7 +1,8 @@
 """<root>/factory: what one factory owns, and the lock that makes it the only one of its root.
 
     lock            held by the factory while it lives; in it, who that is (Home.note)
-    vms/<name>/     one waiting VM each: qmp.sock  console.sock  agent.sock  qemu.log
+    vms/<uuid>/     one waiting VM each: qmp.sock  console.sock  agent.sock  qemu.log
+    ended/          what `vms` becomes when all are to be ended: nobody can take one any more
     zygote.sock     where shims are forked
 
 Where a VM's qemu.log lies decides whose VM it is: a factory and `factory destroy` end every QEMU that writes
@@ -30,6 +31,7 @@ class Home:
         self.root = root
         self.path = root / "factory"
         self.vms = self.path / "vms"
+        self._ended = self.path / "ended"
         self.zygote = self.path / "zygote.sock"
         self._lock = -1
 
@@ -94,21 +96,25 @@ class Home:
 
     async def sweep(self) -> int:
         """End every VM in here and remove what is left of it; return how many QEMUs that were."""
+        killed = await self._end()  # those of a sweep that was cut short
+        with suppress(FileNotFoundError):
+            self.vms.rename(self._ended)
+        return killed + await self._end()
+
+    async def _end(self) -> int:
         try:
-            directories = list(self.vms.iterdir())
+            directories = list(self._ended.iterdir())
         except FileNotFoundError:
             return 0
         killed = await kill_by_log(*(directory / "qemu.log" for directory in directories))
-        for directory in directories:
-            shutil.rmtree(directory, ignore_errors=True)  # a taker may just have moved it away
+        shutil.rmtree(self._ended)
         return killed
 
     async def clear(self) -> int:
         """Sweep, remove the directory, and give it up."""
         killed = await self.sweep()
-        for remove, path in ((os.rmdir, self.vms), (os.unlink, self.zygote), (os.unlink, self.path / "lock")):
-            with suppress(FileNotFoundError):
-                remove(path)
+        for path in (self.zygote, self.path / "lock"):
+            path.unlink(missing_ok=True)
         os.rmdir(self.path)
         os.close(self._lock)
         self._lock = -1

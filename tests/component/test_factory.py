@@ -107,3 +107,60 @@ async def test_many_vms_are_ended_with_one_look_at_the_processes(
     await other.kill()
     (root / "many/other.log").unlink()
     home.root.rmdir()
+
+
+async def test_a_vm_cannot_be_taken_while_it_is_ended(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be ended as the taker's, who may have told his caller already that it runs."""
+    home = Home(root / "late")
+    assert home.take()
+    vm = home.vms / "vm"
+    vm.mkdir(parents=True)
+    process = spawn(["/bin/sleep", "600"], vm / "qemu.log")
+    looks = []
+
+    def look(path: str, real: Callable[[str], list[str]] = os.listdir) -> list[str]:
+        if path == "/proc":
+            looks.append(path)
+            with pytest.raises(FileNotFoundError):
+                vm.rename(home.root / "taken")
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", look)
+    assert await home.clear() == 1
+    assert looks
+    await process.exited
+    home.root.rmdir()
+
+
+async def test_a_factory_killed_while_it_ends_its_vms(root: Path) -> None:
+    """The next ends those that it had, and those that it made before."""
+    home = Home(root / "cut")
+    assert home.take()
+    kept = []
+    for directory in (home.path / "ended/vm", home.vms / "vm"):
+        directory.mkdir(parents=True)
+        kept.append(spawn(["/bin/sleep", "600"], directory / "qemu.log"))
+    assert await home.clear() == 2
+    for process in kept:
+        await process.exited
+    home.root.rmdir()
+
+
+async def test_a_vm_that_somebody_takes_while_it_is_discarded(tmp_path: Path) -> None:
+    """It is theirs, and lives; one that nobody takes is ended, and nothing is left of it."""
+    config, _ = load(configure(tmp_path / "one.toml", tmp_path))
+    one = cache.Cache(tmp_path / "vms", config, tmp_path / "accelerator.json")
+    vms = []
+    for name in ("taken", "waiting"):
+        directory = tmp_path / "vms" / name
+        directory.mkdir(parents=True)
+        process = spawn(["/bin/sleep", "600"], directory / "qemu.log")
+        vms.append(cache.Vm(directory, "", name, process))
+    taken, waiting = vms
+    taken.directory.rename(tmp_path / "theirs")
+    for vm in vms:
+        await one._discard(vm)
+    assert not taken.process.exited.done()
+    assert waiting.process.exited.done()
+    assert os.listdir(tmp_path / "vms") == []
+    await taken.process.kill()

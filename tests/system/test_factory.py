@@ -72,6 +72,8 @@ def test_a_sandbox_from_the_cache(factory: Factory, own: Runtime) -> None:
     assert run(own, "a") == "cache"
     guest = Guest(own, "a")
     assert guest.record()["pid"] == ready
+    words = Path(f"/proc/{ready}/cmdline").read_text().split("\0")
+    assert words[words.index("-name") + 1].partition(",")[0] == guest.record()["uuid"]
     factory.until_full(1)
     assert ready not in factory.vms()
     assert guest.run("hostname").stdout == "a\n"
