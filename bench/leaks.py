@@ -12,13 +12,14 @@ from typing import NamedTuple
 from bench.memory import available
 from bench.place import CLI, Factory, Ground, Place
 
-SAMPLES = 10  # beside the first
-WARM_UP = 10  # cycles
+SAMPLES = 20  # beside the first
+UNCOUNTED = 10  # cycles before the first
 SETTLING = 2.0  # seconds
+COUNTED = 5  # columns of a sample: cycles, and what is counted
 
 
 class Sample(NamedTuple):
-    """What there is of ours while no sandbox is; memory in KiB."""
+    """What there is of ours while no sandbox is: first what can be counted, then memory in KiB."""
 
     cycles: int
     processes: int
@@ -32,14 +33,14 @@ class Sample(NamedTuple):
 
 
 def leaks(ground: Ground, cycles: int) -> tuple[list[Sample], dict[str, int]]:
-    """Return a sample of the beginning and of each tenth, and how many starts went which way.
+    """Return a sample of the beginning and of each twentieth, and how many starts went which way.
 
     Every second start finds a VM in the cache; the one after it comes before the next is there, and clones.
     """
     ways: dict[str, int] = {}
     with Place(ground, "cycles", cache=1) as place:
         factory = place.start_factory()
-        for _ in range(WARM_UP):
+        for _ in range(UNCOUNTED):
             _cycle(place, {})
         samples = [_settled(ground, place, factory, 0)]
         every = max(1, cycles // SAMPLES)
@@ -48,20 +49,30 @@ def leaks(ground: Ground, cycles: int) -> tuple[list[Sample], dict[str, int]]:
                 factory.until_full()
             _cycle(place, ways)
             if number % every == 0:
-                samples.append(_settled(ground, place, factory, number, samples[0].processes))
+                samples.append(_settled(ground, place, factory, number, samples[0]))
     return samples, ways
 
 
 def text(samples: list[Sample], ways: dict[str, int]) -> str:
-    """Return the table, its last line the slope for 1,000 cycles."""
+    """Return the table, and how much each column grows by a cycle.
+
+    What grows in the first half alone is warm: allocators and caches of the interpreter fill, once. A leak
+    grows in the second half as it did in the first.
+    """
     names = [name.replace("_", " ") for name in Sample._fields]
     rows = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     rows += [f"| {' | '.join(f'{value:,}' for value in sample)} |" for sample in samples]
-    cycles, *columns = zip(*samples, strict=True)
-    slopes = [linear_regression(cycles, column).slope * 1000 for column in columns]
-    rows.append(f"| slope for 1,000 | {' | '.join(f'{slope:+,.1f}' for slope in slopes)} |")
+    middle = len(samples) // 2
+    rows += [_slopes("a cycle, first half", samples[: middle + 1])]
+    rows += [_slopes("**a cycle, second half**", samples[middle:])]
     started = ", ".join(f"{count} by {way}" for way, count in sorted(ways.items()))
     return "\n".join([*rows, "", f"Starts: {started}."])
+
+
+def _slopes(name: str, samples: list[Sample]) -> str:
+    cycles, *columns = zip(*samples, strict=True)
+    slopes = [linear_regression(cycles, column).slope for column in columns]
+    return f"| {name} | {' | '.join(f'{slope:+,.3f}' for slope in slopes)} |"
 
 
 def _cycle(place: Place, ways: dict[str, int]) -> None:
@@ -72,31 +83,38 @@ def _cycle(place: Place, ways: dict[str, int]) -> None:
     place.wait(place.spawn([CLI, "delete", "--force", "one"]))
 
 
-def _settled(ground: Ground, place: Place, factory: Factory, cycles: int, processes: int = 0) -> Sample:
-    """Return a sample once there are no more than so many processes, or SETTLING is over.
+def _settled(
+    ground: Ground, place: Place, factory: Factory, cycles: int, before: Sample | None = None
+) -> Sample:
+    """Return a sample once nothing is more than it was `before`, or SETTLING is over.
 
-    A shim ends a moment after its sandbox's delete has been answered.
+    A shim ends a moment after its sandbox's delete has been answered, and the factory a moment after us hears
+    that we have hung up.
     """
+    zygote = factory.until_full()["zygote"]
     deadline = time.monotonic() + SETTLING
     while True:
-        sample = _sample(ground, place, factory, cycles)
-        if sample.processes <= processes or time.monotonic() > deadline:
+        sample = _sample(ground, place, factory.pid, zygote, cycles)
+        if before and all(
+            now <= then for now, then in zip(sample[1:COUNTED], before[1:COUNTED], strict=True)
+        ):
+            return sample
+        if time.monotonic() > deadline:
             return sample
         time.sleep(0.05)
 
 
-def _sample(ground: Ground, place: Place, factory: Factory, cycles: int) -> Sample:
-    zygote = factory.until_full()["zygote"]
-    ours = {*_processes(place), *_children(factory.pid), *_children(zygote)}
+def _sample(ground: Ground, place: Place, factory: int, zygote: int, cycles: int) -> Sample:
+    ours = {*_processes(place), *_children(factory), *_children(zygote)}
     disk = os.statvfs(ground.path)
     return Sample(
         cycles,
         len(ours),
-        sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (factory.pid, zygote)),
+        sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (factory, zygote)),
         len(Path("/proc/net/unix").read_text().splitlines()) - 1,
         sum(1 for _ in ground.path.rglob("*")),
         (disk.f_blocks - disk.f_bfree) * disk.f_frsize >> 10,
-        _rss(factory.pid),
+        _rss(factory),
         _rss(zygote),
         available() >> 10,
     )
