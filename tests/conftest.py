@@ -16,6 +16,12 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let test_kills.py be asked for more."""
+    parser.addoption("--kills", type=int, default=14, help="how many processes it kills; default: 14")
+    parser.addoption("--seed", type=int, default=3, help="decides which, and when; default: 3")
+
+
 def pytest_sessionstart() -> None:
     """Move the run into a network and a mount namespace of its own: nothing touches the host's."""
     libc = ctypes.CDLL(None, use_errno=True)
