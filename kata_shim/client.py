@@ -73,7 +73,8 @@ def claim(root: str, sandbox_id: str) -> os.stat_result:
     Raises ShimError: `invalid-argument` for what is no id, `already-exists` where another has it.
     """
     if not is_id(sandbox_id):
-        raise ShimError("invalid-argument", f"id: {sandbox_id} is not 1 to {MAX_ID} of A-Z a-z 0-9 _ . -")
+        rule = f"1 to {MAX_ID} of A-Z a-z 0-9 _ . - (and . and .. are none)"
+        raise ShimError("invalid-argument", f"id: {sandbox_id} is not {rule}")
     os.makedirs(root, 0o700, exist_ok=True)
     check_root(root)
     os.makedirs(f"{root}/sandboxes", 0o700, exist_ok=True)

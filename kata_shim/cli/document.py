@@ -34,6 +34,8 @@ def read(path: str) -> bytes:
         raise invalid(
             f"{_place(name, before, len(before))}: byte 0x{data[error.start]:02x} is not UTF-8"
         ) from None
+    if text.startswith("\ufeff"):
+        raise invalid(f"{name}:1:1: a byte order mark, which JSON has not; save the file without it")
     # A surrogate may be escaped without its other half, which is no text: the slow way finds out.
     if "\\u" in text or not _is_one_value(text):
         _check(name, text)

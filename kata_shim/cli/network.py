@@ -32,7 +32,7 @@ def network(arguments: Arguments) -> int:
         raise UsageError(f"{command}: unknown command")
     if len(words) > 1 + COMMANDS[command]:
         raise UsageError(f"{command}: unexpected argument {words[1 + COMMANDS[command]]}")
-    if COMMANDS[command] and len(words) == 1:
+    if COMMANDS[command] and words and words[1:] in ([], [""]):
         raise UsageError(f"{command}: a file is needed, or - for stdin")
     sandbox_id = client.resolve(arguments.root, words[0] if words else "")
     params = b""
@@ -41,5 +41,13 @@ def network(arguments: Arguments) -> int:
 
         params = document.read(words[1])
     connection = client.connect(arguments.root, sandbox_id, say)
-    write(1, connection.call(f"kata-network.{command}", params) + b"\n")
+    result = connection.call(f"kata-network.{command}", params) + b"\n"
+    try:
+        write(1, result)
+    except OSError as error:
+        if not COMMANDS[command]:
+            raise
+        # A failure for whoever wanted the result, but no reason to try again.
+        say(f"kata-runtime: stdout: {error.strerror}; {command} is done all the same")
+        return 1
     return 0

@@ -110,7 +110,8 @@ def test_id_is_claimed_once(host: Host) -> None:
 def test_id_that_is_none(host: Host, sandbox_id: str) -> None:
     status, out, err = host("", "run", "--detach", sandbox_id)
     shown = sandbox_id.replace("\n", "\\n")
-    assert (status, out, err.decode()) == (1, b"", f"id: {shown} is not 1 to 64 of A-Z a-z 0-9 _ . -\n")
+    rule = "1 to 64 of A-Z a-z 0-9 _ . - (and . and .. are none)"
+    assert (status, out, err.decode()) == (1, b"", f"id: {shown} is not {rule}\n")
     assert not host.root.exists()
 
 

@@ -209,7 +209,7 @@ def test_id_that_is_one(runtime: Runtime, guest: Guest, tmp_path: Path, sandbox_
 @pytest.mark.parametrize("sandbox_id", ["", ".", "..", "/", "a/b", "../a", "a\n", "\n", " ", "ä", "a" * 65])
 def test_id_that_is_none(runtime: Runtime, guest: Guest, sandbox_id: str) -> None:
     shown = sandbox_id.replace("\n", "\\n")
-    message = f"id: {shown} is not 1 to 64 of A-Z a-z 0-9 _ . -\n"
+    message = f"id: {shown} is not 1 to 64 of A-Z a-z 0-9 _ . - (and . and .. are none)\n"
     assert runtime("run", "--detach", sandbox_id) == Result(1, "", message)
     message = f"no such container ID ({shown})\n" if sandbox_id else "Missing container ID\n"
     for command in ("state", "delete"):
