@@ -26,6 +26,7 @@ from tests.started import PATIENCE, kill, shims, taken, watched
 from tests.support import Guest, Result, Runtime
 from tests.system.network import agree, nic
 from tests.wire import Wire
+from tests.zygote import parent
 
 ROUNDS = 20
 SEED = 3
@@ -206,10 +207,18 @@ def test_a_sandbox_of_another_configuration_is_not_given_a_vm(
 
 
 def test_a_sandbox_of_another_network_namespace_is_not_given_a_vm(factory: Factory, own: Runtime) -> None:
+    """Its taps are to be there: it is a clone, of a shim that the zygote has forked and that went there."""
+    zygote = factory.until(lambda status: status["zygote"] > 0)["zygote"]
     command = ["unshare", "--net", *own.command("run", "--detach", "a")]
     done = subprocess.run(command, env=own.environment, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, EMULATED)
-    assert own("state", "a").json["source"] == "template"
+    state = own("state", "a").json
+    assert state["source"] == "template"
+    assert parent(state["shimPid"]) == zygote
+    spaces = [os.readlink(f"/proc/{pid}/ns/net") for pid in (factory.pid, state["shimPid"], state["pid"])]
+    assert spaces[0] != spaces[1] == spaces[2]
+    assert Guest(own, "a").network("add-iface", nic(1)).status == 0
+    assert nic(1)["device"] not in os.listdir("/sys/class/net")
     delete(own, "a")
     assert factory.until_full()["handed_over"] == 0
 
