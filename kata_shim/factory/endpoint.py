@@ -107,8 +107,12 @@ async def _clear_dead(path: Path) -> None:
 
 
 def remove_dead(path: Path) -> None:
-    """Remove the socket of a factory that has ended, if it still is there; one that is served stays."""
-    with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    """Remove what a factory that has ended left, its lock too; a socket that is served, or will be, stays."""
+    with (
+        suppress(FileNotFoundError, ShimError),
+        _alone(path),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+    ):
         probe.settimeout(TIMEOUT)
         try:
             probe.connect(str(path))

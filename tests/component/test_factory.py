@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,22 @@ async def test_an_endpoint_where_another_factory_just_starts(tmp_path: Path) -> 
     why = "another factory starts there just now; set another path"
     assert refused.value.message == f"vm_cache_endpoint: {path}: {why}"
     (await endpoint.bind(path)).close()  # a killed one's lock is none
+
+
+async def test_what_a_factory_left_that_was_killed_as_it_started(tmp_path: Path) -> None:
+    """A lock that nobody holds, be it with a socket or not; but a socket that is about to be served stays."""
+    path, lock = tmp_path / "cache.sock", tmp_path / "cache.sock.lock"
+    lock.touch()
+    endpoint.remove_dead(path)
+    assert os.listdir(tmp_path) == []
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            endpoint.remove_dead(path)
+            assert sorted(os.listdir(tmp_path)) == ["cache.sock", "cache.sock.lock"]
+        endpoint.remove_dead(path)
+    assert os.listdir(tmp_path) == []
 
 
 async def test_destroying_a_factory_that_does_not_tell_who_it_is(
