@@ -48,6 +48,15 @@ class MachineSpec:
     incoming: bool = False
     enable_debug: bool = False
 
+    @property
+    def huge_pages(self) -> bool:
+        """Whether QEMU is let have transparent huge pages.
+
+        The memory of a clone, mapped from a file, has none anyhow. TCG asks for them for the code that it
+        makes, which is no faster for them, and holds 3 to 5 MiB more.
+        """
+        return not (self.incoming and self.accelerator == "tcg")
+
 
 def build(spec: MachineSpec) -> list[str]:
     """Return the argv, `path` first."""
@@ -77,6 +86,9 @@ def kernel_command_line(kernel_params: str, enable_debug: bool) -> str:
     # ACPI plugs the devices. The root ports' own services would only make the guest's end longer, by half a
     # second each.
     words += ["pcie_ports=compat"]
+    # Who asks gets huge pages. Unasked, each small heap of the agent takes 2 MiB at the first touch: zeroed
+    # by the guest, so every clone's own, 4 to 8 MiB in all.
+    words += ["transparent_hugepage=madvise"]
     words += ["loglevel=7"] if enable_debug else ["quiet", "loglevel=3"]
     return " ".join([*words, *kernel_params.split()])
 

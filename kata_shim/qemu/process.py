@@ -1,6 +1,7 @@
 """The QEMU process: started with few rights in its own session, watched by a pidfd whoever its parent is.
 
-References: pidfd_open(2), setpriv(1), proc(5) (`/proc/PID/stat`, field 22: the start time in clock ticks).
+References: pidfd_open(2), setpriv(1), prctl(2), proc(5) (`/proc/PID/stat`, field 22: the start time in clock
+ticks).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from kata_shim.errors import ShimError
@@ -20,6 +21,7 @@ from kata_shim.errors import ShimError
 # QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors.
 SETPRIV = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
+PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42  # linux/prctl.h
 LAST_WORDS_BYTES = 4096
 KILLED_AT_ONCE = 100  # each takes a descriptor
 
@@ -86,12 +88,17 @@ class Process:
 
 
 def spawn(
-    argv: Sequence[str], log: Path, pass_fds: Sequence[int] = (), *, dies_with_us: bool = False
+    argv: Sequence[str],
+    log: Path,
+    pass_fds: Sequence[int] = (),
+    *,
+    dies_with_us: bool = False,
+    huge_pages: bool = True,
 ) -> Process:
     """Start QEMU in a session of its own, its output going to the end of `log`.
 
     `pass_fds` keep their numbers and are all it inherits. It runs without capabilities and can gain none. It
-    survives us unless `dies_with_us`.
+    survives us unless `dies_with_us`. Without `huge_pages` it is given none, even where it asks for them.
     Raises ShimError `failed-precondition` when argv[0] (configuration.toml's `path`) cannot be run.
     """
     if shutil.which(argv[0]) is None:
@@ -108,16 +115,29 @@ def spawn(
     ]
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     command = [SETPRIV[0], *(["--pdeathsig=KILL"] if dies_with_us else []), *SETPRIV[1:], *argv]
-    pid = os.posix_spawn(
-        setpriv,
-        command,
-        environment,
-        file_actions=actions,
-        setsid=True,
-        setsigmask=[],
-        setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ],
-    )
+    with nullcontext() if huge_pages else _no_huge_pages():
+        pid = os.posix_spawn(
+            setpriv,
+            command,
+            environment,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=[],
+            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ],
+        )
     return Process(pid, read_start_time(pid), os.pidfd_open(pid))
+
+
+@contextmanager
+def _no_huge_pages() -> Iterator[None]:
+    """Get no transparent huge pages, nor does what is started meanwhile; fine where there are none."""
+    prctl = ctypes.CDLL(None).prctl
+    before = max(0, prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0))
+    prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_THP_DISABLE, before & 1, before & ~1, 0, 0)  # it gives whether and flags as one number
 
 
 def raise_file_limit() -> None:

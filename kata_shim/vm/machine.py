@@ -314,7 +314,11 @@ class Machine:
         spec = replace(spec, agent_fd=fds.get("agent", -1))
         try:
             self.process = spawn(
-                cmdline.build(spec), self._log, [*fds.values(), *files], dies_with_us=started is None
+                cmdline.build(spec),
+                self._log,
+                [*fds.values(), *files],
+                dies_with_us=started is None,
+                huge_pages=spec.huge_pages,
             )
         finally:
             for listener in listeners.values():

@@ -42,6 +42,14 @@ async def test_only_what_is_passed_is_inherited_under_its_number(tmp_path: Path)
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("huge_pages", [False, True])
+async def test_huge_pages_are_kept_from_it_alone(tmp_path: Path, huge_pages: bool) -> None:
+    process = spawn(["/bin/cat", "/proc/self/status"], tmp_path / "log", huge_pages=huge_pages)
+    assert await process.exited == 0
+    assert f"THP_enabled:\t{huge_pages:d}\n" in (tmp_path / "log").read_text()
+    assert status_of(os.getpid())["THP_enabled"] == "1"
+
+
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -TERM $$", -15), ("exit 0", 0)])
 async def test_the_exit_status_of_a_child(tmp_path: Path, script: str, status: int) -> None:
     process = spawn(["/bin/sh", "-c", script], tmp_path / "log")

@@ -113,3 +113,9 @@ def test_the_users_kernel_parameters_come_last() -> None:
     assert words[-2:] == ["panic=0", "agent.log=debug"]
     assert "quiet" in words
     assert "quiet" not in kernel_command_line("", enable_debug=True).split()
+
+
+def test_only_clones_that_are_emulated_do_without_huge_pages() -> None:
+    assert SPEC.huge_pages
+    assert not replace(SPEC, incoming=True).huge_pages
+    assert replace(SPEC, incoming=True, accelerator="kvm").huge_pages
