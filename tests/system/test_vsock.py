@@ -16,6 +16,7 @@ from tests.system.nested import Nested, host
 from tests.system.network import address, done, listed, nic
 
 BOOT_TIMEOUT = 400  # seconds
+ENDPOINT = "/run/nested-cache/cache.sock"
 NIC = nic(1, IPAddresses=address("172.16.0.3", "16"))
 LISTED = [{"name": "eth1", "mac": NIC["hwAddr"], "ip": ["172.16.0.3/16"], "mtu": 1500}]
 
@@ -40,6 +41,17 @@ import fcntl, struct
 print(struct.unpack("I", fcntl.ioctl(open("/dev/vsock"), 0x7B9, bytes(4)))[0])
 """
 
+# Until a VM is ready.
+WATCH = """
+import json, socket, sys
+with socket.socket(socket.AF_UNIX) as watch:
+    watch.connect(sys.argv[1])
+    watch.sendall(b'{"id":1,"method":"factory.watch"}\\n')
+    lines = watch.makefile()
+    while not json.loads(lines.readline())["progress"]["ready"]:
+        pass
+"""
+
 
 @pytest.fixture(scope="module")
 def nested(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nested]:
@@ -55,6 +67,8 @@ def nested(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         agent_timeout=BOOT_TIMEOUT,
         hotplug_timeout=60,
     )
+    with config.open("a") as file:  # which no sandbox sees until a factory runs
+        file.write(f'vm_cache_number = 1\nvm_cache_endpoint = "{ENDPOINT}"\n')
     with host(runtime, directory, config) as made:
         yield made
 
@@ -134,7 +148,7 @@ def test_shim_killed(nested: Nested, guest: Guest) -> None:
 
 
 def test_qemu_killed(nested: Nested, guest: Guest) -> None:
-    """The last test: who waits hears why, and delete clears what is left."""
+    """Who waits hears why, and delete clears what is left."""
     with nested.start("exec", "sb", "--", "sh", "-c", "echo up; exec sleep 1000") as call:
         assert call.stdout is not None
         assert call.stdout.readline() == b"up\n"
@@ -143,3 +157,24 @@ def test_qemu_killed(nested: Nested, guest: Guest) -> None:
     assert call.returncode == 1
     stopped = nested("state", "sb").json
     assert (stopped["status"], stopped["pid"], stopped["cause"]) == ("stopped", 0, "QEMU has ended")
+
+
+def test_a_sandbox_from_the_cache(nested: Nested, guest: Guest) -> None:
+    """It keeps the context id that the factory gave to its VM, after whose uuid it goes."""
+    with nested.start("factory", "init") as factory:
+        assert factory.stderr is not None
+        assert b"the factory serves" in factory.stderr.readline()
+        watching = ("chroot", "/host", "python3", "-c", WATCH, ENDPOINT)
+        outer = nested.outer
+        ready = outer.runtime("exec", outer.id, "--", *watching, timeout=BOOT_TIMEOUT)
+        assert ready == Result(0, "", "")
+        assert nested("run", "--detach", "kept", timeout=BOOT_TIMEOUT) == Result(0, "", "")
+        assert nested("state", "kept").json["source"] == "cache"
+        uuid = json.loads(nested.shell("cat /run/nested/sandboxes/kept/record.json").stdout)["uuid"]
+        kept = Guest(nested, "kept")
+        assert kept.run("python3", "-c", CONTEXT_ID) == Result(0, f"{guest_cid(uuid)}\n", "")
+        assert nested("factory", "destroy") == Result(0, "", "")
+        factory.communicate(timeout=60)
+        assert kept.run("hostname") == Result(0, "kept\n", "")
+        assert nested("delete", "--force", "kept") == Result(0, "", "")
+    assert factory.returncode == 0
