@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 
-# socket.py turns every constant into an enum, which takes as long as a bare interpreter takes to start.
+# json and socket.py take as long to import as a bare interpreter takes to start.
+from _json import scanstring
 from _socket import AF_UNIX, SOCK_STREAM, socket
 
 from kata_shim.errors import CODES, ShimError
@@ -214,6 +215,11 @@ class Connection:
         prefix = b'{"id":%d,"result":' % call_id
         if line.startswith(prefix) and line.endswith(b"}"):
             return line[len(prefix) : -1]
+        if progress is None and line.startswith(b'{"id":%d,"progress":' % call_id):
+            return None
+        if warned := _split_warned(line, call_id):
+            self._warn_of(warned[0])
+            return warned[1]
         import json
 
         try:
@@ -234,7 +240,8 @@ class Connection:
             raise _error_of(answer["error"])
         if "result" not in answer:
             raise ShimError("data-loss", f"the shim's answer is not of its protocol: {line[:80]!r}")
-        return _result_after_warnings(line, answer)
+        # Another implementation's order of keys or spaces: the same value, in our own spelling.
+        return json.dumps(answer["result"], ensure_ascii=False, separators=(",", ":")).encode()
 
     def death(self) -> ShimError:
         """Return the error for a shim that ended before it answered, with the last thing it logged."""
@@ -380,18 +387,23 @@ def _error_of(error: object) -> ShimError:
     return ShimError(str(code) if known else "unknown", str(error.get("message", "no message")), **attrs)
 
 
-def _result_after_warnings(line: bytes, answer: dict[str, Any]) -> bytes:
-    """Return the result's own text out of an answer with warnings, which stand before it."""
-    import json
-
-    head = f'{{"id":{answer["id"]},"warnings":'
-    text = line.decode()
-    if text.startswith(head) and text.endswith("}"):
-        end = json.JSONDecoder().raw_decode(text, len(head))[1]
-        if text.startswith(',"result":', end):
-            return text[end + len(',"result":') : -1].encode()
-    # Another implementation's order of keys or spaces: the same value, in our own spelling.
-    return json.dumps(answer["result"], ensure_ascii=False, separators=(",", ":")).encode()
+def _split_warned(line: bytes, call_id: int) -> tuple[list[str], bytes] | None:
+    """Return warnings and result of an answer that messages.py has written with both, else None."""
+    head, separator, result = line.partition(b',"result":')
+    prefix = b'{"id":%d,"warnings":[' % call_id
+    if not (separator and head.startswith(prefix) and head.endswith(b'"]') and result.endswith(b"}")):
+        return None
+    warnings, end = [], len(prefix) - 1
+    try:
+        text = head.decode()
+        while text[end] in "[,":
+            if text[end + 1] != '"':
+                return None
+            warning, end = scanstring(text, end + 2)
+            warnings.append(warning)
+    except (ValueError, IndexError, SystemError):  # as scanstring has it where json was not imported
+        return None  # the separator stood in a warning, or this is no JSON
+    return (warnings, result[:-1]) if text[end:] == "]" else None
 
 
 def _last_line(path: str) -> str:

@@ -61,7 +61,7 @@ _IFACE = """
 
 COMMANDS = {
     "run": Command(
-        "sandbox:run",
+        "run:run",
         "[--detach] [--config FILE] ID",
         "start a sandbox; without --detach, delete it on SIGINT, SIGTERM or when it stops",
         flags={"--detach": False, "--config": True},

@@ -1,15 +1,14 @@
-"""kata-runtime run, list, state and delete: a sandbox's life without containerd."""
+"""kata-runtime list, state and delete: a sandbox's life without containerd, but for its start (run.py)."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 
 from kata_shim import client
 from kata_shim.cli import silent
-from kata_shim.cli.terminal import ProgressLine, say, write
+from kata_shim.cli.terminal import say, write
 from kata_shim.errors import ShimError
 
 TYPE_CHECKING = False
@@ -22,39 +21,6 @@ OCI_VERSION = "1.0.2"
 LIST_TIMEOUT = 2.0
 _COLUMNS = ("id", "status", "pid", "accelerator", "created")
 _HEADINGS = ("ID", "STATE", "PID", "ACCELERATOR", "CREATED")
-
-
-def run(arguments: Arguments) -> int:
-    """Start a sandbox; without --detach, stay until it stops or a signal ends it, and delete it then.
-
-    SIGINT, SIGTERM and the guest's power-off are the ordinary end of an attached sandbox: exit status 0; any
-    other end is said, and is status 1. Whatever goes wrong before it runs leaves nothing behind.
-    """
-    root, sandbox_id = arguments.root, arguments.words[0]
-    config = os.path.abspath(arguments.last("--config")) if arguments.has("--config") else None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    claimed = client.claim(root, sandbox_id)
-    line = ProgressLine()
-    try:
-        connection = client.connect(root, sandbox_id, line.say)
-        connection.call("sandbox.start", _dump({"config": config}), line.show)
-    except BaseException:
-        line.clear()
-        _discard(root, sandbox_id, claimed)
-        raise
-    line.clear()
-    if arguments.has("--detach"):
-        return 0
-    cause = ""
-    try:
-        cause = json.loads(connection.call("sandbox.wait")).get("cause", "")
-    except client.CancelledError:
-        pass
-    finally:
-        _discard(root, sandbox_id, claimed)
-    if cause:
-        say(f"{sandbox_id} has stopped: {cause}")
-    return 1 if cause else 0
 
 
 def delete(arguments: Arguments) -> int:
@@ -147,42 +113,6 @@ def _described(sandbox_id: str, answer: Any) -> dict[str, Any]:
     status = values.pop("state", "unknown")
     described = {"ociVersion": OCI_VERSION, "id": sandbox_id, "status": status, "pid": values.pop("pid", 0)}
     return described | {key: value for key, value in values.items() if key not in described}
-
-
-def _discard(root: str, sandbox_id: str, claimed: os.stat_result) -> None:
-    """Delete our sandbox whatever its state, by its shim where there is one or something that needs one.
-
-    One that has gone may have been followed by somebody else's of the same id, which is let alone. Signals
-    wait meanwhile. What could not be deleted is said, not raised: the caller has a cause of its own.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    directory = client.sandbox_directory(root, sandbox_id)
-    cause: Exception | None = None
-    # Twice: a QEMU that is just being started has the socket of a shim that dies then open for a moment.
-    for _ in range(2):
-        if not _is_still(directory, claimed):
-            return
-        recorded = os.path.lexists(f"{directory}/record.json")
-        try:
-            silent.delete(root, sandbox_id, force=True, revive=recorded)
-            return
-        except (ShimError, OSError) as error:
-            cause = error
-    if not _is_still(directory, claimed):
-        return
-    try:
-        client.remove(root, sandbox_id)
-    except ShimError as remaining:
-        say(f"{cause}")
-        say(f"{remaining}; `kata-runtime delete --force {sandbox_id}` tries again")
-
-
-def _is_still(directory: str, claimed: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.stat(directory), claimed)
-    except FileNotFoundError:
-        return False
 
 
 def _dump(value: object) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
+
+# signal.py turns every constant into an enum; typeshed has only that.
+from _signal import SIGKILL, pidfd_send_signal  # type: ignore[import-not-found]
 
 from kata_shim import client
 from kata_shim.cli.terminal import say
@@ -72,8 +73,10 @@ def _need_life(root: str, sandbox_id: str) -> None:
 
 
 def _end(root: str, sandbox_id: str) -> None:
+    import select
+
     for pid, pidfd in _shims(root, sandbox_id):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        pidfd_send_signal(pidfd, SIGKILL)
         if not select.select([pidfd], [], [], END_TIMEOUT)[0]:
             raise ShimError("deadline-exceeded", f"the shim of {sandbox_id} (process {pid}) outlives SIGKILL")
 

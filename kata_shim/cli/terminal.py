@@ -46,6 +46,11 @@ class ProgressLine:
         if os.isatty(2):
             self._width = os.get_terminal_size(2).columns or 80
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal to show it on."""
+        return self._width > 0
+
     def show(self, progress: Any) -> None:
         """Replace the line by `progress`, as the shim sent it: {"step": text}."""
         if self._width and isinstance(progress, dict):

@@ -264,6 +264,36 @@ def test_warnings_go_to_stderr_and_the_result_keeps_its_bytes(state: Path) -> No
         )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"warnings":["w"],"id":1,"result":[1]}',
+        b'{"id":1,"warnings":["w" ],"result":[1]}',
+        b'{"id":1,"warnings":["w"],"result": [1]}',
+    ],
+)
+def test_warnings_in_another_spelling(state: Path, line: bytes) -> None:
+    with peer(state, ID, sends(line + b"\n")):
+        status, out, err = cli(state, "kata-network", "list-ifaces", ID)
+    assert (status, out.replace(b" ", b""), err) == (0, b"[1]\n", b"w\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"id":1,"warnings":["w","result":1}',
+        b'{"id":1,"warnings":["\\x"],"result":1}',
+        b'{"id":1,"warnings":["\xff"],"result":1}',
+        b'{"id":1,"warnings":["w",],"result":1}',
+    ],
+)
+def test_warnings_that_are_no_json(state: Path, line: bytes) -> None:
+    with peer(state, ID, sends(line + b"\n")):
+        status, out, err = cli(state, "kata-network", "list-ifaces", ID)
+    assert (status, out) == (1, b"null\n")
+    assert err.startswith(b"the shim's answer is not of its protocol")
+
+
 def test_answers_of_other_calls_and_progress_are_passed_over(state: Path) -> None:
     lines = [
         messages.result(7, "other"),

@@ -140,6 +140,20 @@ def test_interpreter_that_cannot_be_started(host: Host) -> None:
     assert host.ids() == []
 
 
+@pytest.mark.parametrize("config", [(), ("--config", '/a "\\\x01é')])
+def test_a_start_takes_no_slow_imports(host: Host, config: tuple[str, ...]) -> None:
+    """Each of these takes longer to import than all that `run --detach` needs, also to show a warning."""
+    tell = "import os; end = os._exit; os._exit = lambda status: (print(*sys.modules), end(status))"
+    command = [sys.executable, "-c", f"import sys; {tell}; {LAUNCHER}", str(host.interpreter)]
+    words = ["--root", str(host.root), "run", "--detach", *config, "a"]
+    variables = {**environment(), "BEHAVIOUR": "", "PYTHONPATH": str(SHIM.parents[2])}
+    done = subprocess.run([*command, *words], env=variables, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "TCG is used\n")
+    modules = done.stdout.split()
+    assert "kata_shim.cli.run" in modules
+    assert not {"json", "enum", "re", "signal", "socket", "argparse", "subprocess"} & set(modules)
+
+
 def wait_until_attached(host: Host, process: subprocess.Popen[bytes]) -> None:
     """Return once `run a` waits for the end of its sandbox."""
     assert process.stderr is not None
