@@ -127,7 +127,7 @@ def _u32(kind: int, value: int) -> bytes:
 
 
 def _text(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode(errors="surrogateescape") + b"\0")
+    return _attribute(kind, value.encode(errors="replace") + b"\0")
 
 
 def _address(kind: int, value: bytes) -> bytes:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kata_shim.ipvs import address, failure, usage
 from kata_shim.ipvs.command import Command, UsageError, Verb
-from kata_shim.ipvs.language import NUMERIC, Names, parse
+from kata_shim.ipvs.language import parse
 from kata_shim.ipvs.rules import (
     AF_INET,
     AF_INET6,
@@ -41,6 +41,7 @@ from kata_shim.ipvs.rules import (
     Service,
     Timeouts,
 )
+from kata_shim.ipvs.values import NUMERIC, Names
 
 pytestmark = pytest.mark.quick
 
@@ -346,7 +347,7 @@ KNOWN = """
 --mcast-group --mcast-ttl --sync-maxlen --timeout --daemon --persistent= --weight=3 -w5 -Ln -At
 10.0.0.1:80 [::1]:80 ::1 rr sh sh-port gue master 1 0 300 255.255.255.0 224.0.0.1
 """
-words = st.sampled_from(KNOWN.split()) | st.text(max_size=12)
+words = st.sampled_from(KNOWN.split()) | st.text(max_size=12) | st.just("\ud800" * 9)
 
 
 @given(st.lists(words, max_size=9))
