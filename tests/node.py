@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import signal
@@ -15,17 +16,19 @@ from kata_shim.qemu.process import find_by_log
 from tests.factory import SERVES, Factory, configure, vms
 from tests.started import PATIENCE, shims, watched
 from tests.support import Result, Runtime, leftovers, settle
+from tests.system.network import nic
 from tests.zygote import parent
 
 ID = "a"
 PIPE = 1 << 20  # bytes: what a factory says that nobody reads
-LOOK = 0.002  # seconds between two looks for a process that is not there yet
+LOOK = 0.001  # seconds between two looks for what is not there yet
 AGAIN = 0.2  # of all destructions: those with the template, which takes some seconds to make
 # Seconds that it takes, about: the moment of the kill is drawn from them. One after the end is as good.
-LASTS = {"run": 0.15, "refill": 0.5, "delete": 0.08, "init": 3.0, "destroy": 0.3}
+LASTS = {"run": 0.15, "refill": 0.5, "add-iface": 0.06, "delete": 0.08, "init": 3.0, "destroy": 0.3}
 MOMENTS = {
     "run": ("shim", "factory", "zygote", "waiting VM", "QEMU", "command"),
     "refill": ("factory", "zygote", "waiting VM", "shim", "QEMU"),
+    "add-iface": ("shim", "QEMU", "command"),
     "delete": ("shim", "QEMU", "command"),
     "init": ("factory", "zygote", "waiting VM"),
     "destroy": ("factory", "waiting VM", "command"),
@@ -41,6 +44,8 @@ class Node:
         self._own = own
         # Its template is somewhere else: one that is destroyed with it need not make its own again.
         self._keeping = configure(directory / "keeping.toml", directory / "elsewhere")
+        self._nic = directory / "nic.json"
+        self._nic.write_text(json.dumps(nic(1)))
         self._templates = directory / "templates"
         self._endpoint = directory / "run/cache.sock"
         self._wanted = wanted
@@ -51,7 +56,7 @@ class Node:
     def kill(self, moment: str, victim: str) -> bool:
         """Kill a process at some moment; assert the next command leaves nothing. False: none was there."""
         command = self._begin(moment)
-        hit = self._strike(victim, command, self._chance.uniform(0, LASTS[moment]))
+        hit = self._strike(victim, command, moment)
         if command is not self._factory:
             self._end(command, moment, victim)
         if moment == "destroy":
@@ -97,18 +102,32 @@ class Node:
             return self._init()
         factory = self._factory or self._init()
         self._until_whole()
-        if moment in ("refill", "delete"):
+        if moment in ("refill", "add-iface", "delete"):
             assert self._own("run", "--detach", ID).status == 0
         if moment == "refill":
             return factory
-        words = {"run": ("run", "--detach", ID), "delete": ("delete", "--force", ID)}
-        destruction = ("factory", "destroy", "--config", str(self._keeping))
-        return self._start(*words.get(moment, destruction))
+        if moment == "delete":
+            assert self._own("kata-network", "add-iface", ID, str(self._nic)).status == 0
+        words = {
+            "run": ("run", "--detach", ID),
+            "add-iface": ("kata-network", "add-iface", ID, str(self._nic)),
+            "delete": ("delete", "--force", ID),
+            "destroy": ("factory", "destroy", "--config", str(self._keeping)),
+        }
+        return self._start(*words[moment])
 
-    def _strike(self, victim: str, command: Command, after: float) -> bool:
-        """Kill one when so many seconds are over, or as soon as there is one before `command` ends."""
+    def _strike(self, victim: str, command: Command, moment: str) -> bool:
+        """Kill one, be it as soon as there is one; return False if `command` has ended before."""
+        sandbox, after = self._own.root / "sandboxes" / ID, self._chance.uniform(0, LASTS[moment])
         with watched(command.pid) as ended:
-            ended(after)
+            if moment == "run" and self._chance.random() < 0.5:
+                # When it has a QEMU of which nobody has heard yet.
+                while not any((sandbox / name).exists() for name in ("taken", "qemu.log")) and not ended(
+                    LOOK
+                ):
+                    pass
+            else:
+                ended(after)
             while not (found := self._find(victim, command)):
                 if ended(LOOK):
                     return False
@@ -138,8 +157,8 @@ class Node:
         told = command.communicate(timeout=PATIENCE)
         if victim in ("command", "shim"):
             return
-        if moment == "run" and command.returncode and victim == "QEMU":
-            assert not os.path.exists(self._own.root / "sandboxes" / ID), told
+        if command.returncode and victim == "QEMU":
+            assert moment == "add-iface" or not (self._own.root / "sandboxes" / ID).exists(), told
         else:
             assert command.returncode == 0, told
 
@@ -180,7 +199,8 @@ class Node:
         for pid in _writers(f"{root}/sandboxes"):  # a shim answers the call that ends it first
             with suppress(ProcessLookupError), watched(pid) as ended:
                 assert ended(PATIENCE), f"{pid} is left"
-        assert not list(root.glob("sandboxes/*"))
+        assert not [*root.glob("sandboxes/*"), *root.glob("devices/*")]
+        assert nic(1)["device"] not in os.listdir("/sys/class/net")
 
     def _bury(self) -> None:
         if self._factory is not None:
