@@ -101,6 +101,7 @@ _ERROR = struct.Struct("=i")
 _NESTED = 0x8000
 _TYPE_MASK = 0x3FFF
 _FORWARD_MASK = 0x7
+_HASHED = 0x2  # IP_VS_SVC_F_HASHED: the kernel's own mark
 _ADDRESS_BYTES = 16
 _ORDER = sys.byteorder
 
@@ -285,7 +286,9 @@ def read_service(body: memoryview) -> ServiceState:
     flags, mask = struct.unpack("=II", fields.value(_FLAGS, 8))
     netmask = fields.u32(_NETMASK) if family == AF_INET6 else fields.be32(_NETMASK)
     engine = fields.text(_PE) if _PE in fields else ""
-    service = Service(key, fields.text(_SCHED), flags & mask, fields.u32(_TIMEOUT), netmask, engine)
+    service = Service(
+        key, fields.text(_SCHED), flags & mask & ~_HASHED, fields.u32(_TIMEOUT), netmask, engine
+    )
     return ServiceState(service, (), fields.stats(_STATS64, _STATS))
 
 

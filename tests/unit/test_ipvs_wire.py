@@ -60,7 +60,15 @@ marks = st.builds(
     st.sampled_from([AF_INET, AF_INET6]),
     st.integers(1, 2**32 - 1),
 )
-services = st.builds(Service, addresses | marks, schedulers, u32, u32, u32, st.just("") | schedulers)
+services = st.builds(
+    Service,
+    addresses | marks,
+    schedulers,
+    u32.map(lambda flags: flags & ~0x2),
+    u32,
+    u32,
+    st.just("") | schedulers,
+)
 servers = st.builds(
     lambda host, *rest: Server(family_of(host), host, *rest),
     hosts,
@@ -85,6 +93,11 @@ def test_a_service_comes_back_as_it_was(service: Service, sequence: int) -> None
     answer = only(wire.message(Command(Verb.ADD_SERVICE, service), FAMILY, sequence))
     assert answer[:4] == (FAMILY, sequence, 0, Op.NEW_SERVICE)
     assert wire.read_service(answer.body) == ServiceState(service)
+
+
+def test_the_kernels_own_flag_is_left_out() -> None:
+    answer = only(wire.message(Command(Verb.ADD_SERVICE, Service(WEB, flags=0x3)), FAMILY, 1))
+    assert wire.read_service(answer.body).service.flags == 0x1
 
 
 def with_connections(message: bytes) -> bytes:
