@@ -29,7 +29,7 @@ SHIM_PLACES = (
     ("kata_shim.vm.machine", "Machine.clone", (BEFORE, AFTER)),
     ("kata_shim.vm.machine", "spawn", (BEFORE, AFTER)),
     ("kata_shim.vm.machine", "Machine._connect", (AFTER,)),
-    ("kata_shim.vm.machine", "Machine._open_agent", (AFTER,)),
+    ("kata_shim.vm.machine", "Agent.set_time", (BEFORE,)),
 )
 
 

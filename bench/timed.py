@@ -29,11 +29,22 @@ class Times(NamedTuple):
 
 class _Timed(Machine):
     began: float
-    answered: float
+    answered = 0.0
 
     async def _start(self, *given: Any, **named: Any) -> None:
         self.began = time.perf_counter()
         await super()._start(*given, **named)
+
+    async def _connect(self, *given: Any, **named: Any) -> None:
+        await super()._connect(*given, **named)
+        set_time = self.agent.set_time
+
+        async def note_and_set_time() -> None:
+            """A clone's clock is set as soon as it has answered for the first time."""
+            self.answered = self.answered or time.perf_counter()
+            await set_time()
+
+        self.agent.set_time = note_and_set_time  # type: ignore[method-assign]
 
     async def _open_agent(self, timeout: float) -> None:
         await super()._open_agent(timeout)

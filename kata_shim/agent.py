@@ -58,6 +58,11 @@ class Agent:
         self._over_gateways: list[Route] = []  # as it was last given them; it lists only their gateways
         self._opening: asyncio.Task[Client] | None = None
 
+    async def dial(self) -> None:
+        """Connect and say nothing yet, to a virtio-serial port; the first call is the first word then."""
+        if isinstance(self._address, Path):
+            self._client = await _dial(self._address)
+
     async def open(self, timeout: float) -> None:
         """Wait until the agent answers; raises ShimError `unavailable` or `deadline-exceeded`.
 
@@ -78,6 +83,22 @@ class Agent:
         if self._client is not None:
             self._client.close()
             await self._client.wait_closed()
+
+    async def claim(self, sandbox_id: str, timeout: float = CALL_TIMEOUT) -> None:
+        """Make the guest the sandbox's own: randomness before anything else, then names, then the clock.
+
+        Time goes last: the first thing that a clone is asked takes it a while, the next does not.
+        """
+        seed, machine_id = os.urandom(SEED_BYTES), os.urandom(16).hex()
+        request = guest_pb2.ClaimRequest(seed=seed, name=sandbox_id, machine_id=machine_id)
+        if await self._ours("Claim", request, timeout) is None:
+            await self.reseed()
+            await self.create_sandbox(sandbox_id)
+        await self.set_time()
+
+    async def stand_still(self) -> None:
+        """Have the agent do nothing but wait for a call: a saved guest has little to wake from then."""
+        await self._ours("StandStill", guest_pb2.StandStillRequest())
 
     async def create_sandbox(self, sandbox_id: str) -> None:
         """Tell the guest whose sandbox it is: hostname and id."""
@@ -131,12 +152,12 @@ class Agent:
 
     # A guest with the Kata project's own agent has no service kata_shim.Guest; its routes change as a set.
 
-    async def _ours(self, method: str, request: Message) -> Message | None:
+    async def _ours(self, method: str, request: Message, timeout: float = CALL_TIMEOUT) -> Message | None:
         """Call our own service; None where the guest's agent has not got it."""
         if self._stock:
             return None
         try:
-            return await self._call(GUEST_SERVICE, method, request)
+            return await self._call(GUEST_SERVICE, method, request, timeout)
         except ShimError as error:
             if error.code != "unimplemented":
                 raise
@@ -253,7 +274,7 @@ class Agent:
         response = SERVICES[service][method][1]
         try:
             if self._client is None or self._client.cause is not None:
-                await self.open(CALL_TIMEOUT)
+                await self.open(max(timeout or 0, CALL_TIMEOUT))
             assert self._client is not None
             return await self._client.call(service, method, request, response, timeout)
         except ShimError as error:
@@ -265,13 +286,17 @@ async def _connect(address: Address, timeout: float) -> Client:
         client = Client(name=f"the agent at vsock {address}:{VSOCK_PORT}", max_answer=MAX_ANSWER)
         await _connect_vsock(client, address, timeout)
         return client
-    client = await Client.connect(address, link=True, name="the agent's channel", max_answer=MAX_ANSWER)
+    client = await _dial(address)
     try:
         await client.open(timeout)
     except BaseException:
         client.close()
         raise
     return client
+
+
+async def _dial(port: Path) -> Client:
+    return await Client.connect(port, link=True, name="the agent's channel", max_answer=MAX_ANSWER)
 
 
 async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:

@@ -127,10 +127,10 @@ class Commands:
 
     def abandon(self) -> None:
         """Kill and forget all commands."""
-        for command in self._commands.values():
+        while self._commands:
+            _, command = self._commands.popitem()
             command.child.kill(signal.SIGKILL)
             command.close()
-        self._commands.clear()
 
     async def start_command(self, request: guest_pb2.StartCommandRequest) -> guest_pb2.StartCommandResponse:
         """Start a command with the agent's environment and the request's on top."""

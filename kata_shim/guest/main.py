@@ -49,10 +49,10 @@ async def serve(listener: socket.socket | None = None) -> None:
         if listener is None and "agent.channel=vsock" in _kernel_command_line():
             listener = channel.vsock_listener()
         if listener is None:
-            port = channel.VirtioPort(await channel.open_port(), lambda: agent.server(stop))
+            port = channel.VirtioPort(await channel.open_port(), lambda still: agent.server(stop, still))
             closing.callback(port.close)
         else:
-            server = await channel.listen(listener, lambda: agent.server(stop))
+            server = await channel.listen(listener, lambda still: agent.server(stop, still))
             closing.callback(server.close)
         # What was imported stays: the collector need not walk it again and again.
         gc.freeze()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 from collections.abc import Callable
 
@@ -12,6 +14,7 @@ from kata_shim.errors import ShimError, invalid
 from kata_shim.guest import system
 from kata_shim.guest.children import Children
 from kata_shim.guest.commands import Commands
+from kata_shim.guest.identity import Identity
 from kata_shim.guest.network import Interfaces
 from kata_shim.netconf import link, neighbour, route
 from kata_shim.netconf.netlink import Netlink
@@ -29,15 +32,21 @@ class Agent:
         self.netlink = netlink
         self.interfaces = Interfaces(netlink, monitor)
         self.children = children
+        self.identity = Identity()
         self.sandbox_id = ""
 
-    def server(self, stop: Callable[[], None]) -> tuple[Server, Commands]:
-        """Return a server and its commands, to be abandoned with the session; `stop` ends the guest."""
+    def server(
+        self, stop: Callable[[], None], stand_still: Callable[[], None] | None = None
+    ) -> tuple[Server, Commands]:
+        """Return a server and its commands, to be abandoned with the session.
+
+        `stop` ends the guest; `stand_still` does nothing until the channel's other end says something.
+        """
         server, commands = Server(), Commands(self.children)
         for service, target in (
             (HEALTH_SERVICE, _Health()),
             (AGENT_SERVICE, _Agent(self, stop)),
-            (GUEST_SERVICE, _Guest(self.netlink, commands)),
+            (GUEST_SERVICE, _Guest(self, commands, stand_still)),
         ):
             server.register_object(service, SERVICES[service], target)
         return server, commands
@@ -86,7 +95,7 @@ class _Agent:
             answer.support_mem_hotplug_probe = system.has_memory_probe()
         return answer
 
-    async def set_guest_date_time(self, request: agent_pb2.SetGuestDateTimeRequest) -> Empty:
+    def set_guest_date_time(self, request: agent_pb2.SetGuestDateTimeRequest) -> Empty:
         system.set_time(request.Sec, request.Usec)
         return Empty()
 
@@ -123,14 +132,25 @@ class _Agent:
 class _Guest:
     """Service kata_shim.Guest; its commands are methods of Commands."""
 
-    def __init__(self, netlink: Netlink, commands: Commands) -> None:
-        self._netlink = netlink
+    def __init__(
+        self, agent: Agent, commands: Commands, stand_still: Callable[[], None] | None = None
+    ) -> None:
+        self._netlink = agent.netlink
+        self._stand_still = stand_still
+        self.claim = agent.identity.claim
         self.start_command = commands.start_command
         self.write_stdin = commands.write_stdin
         self.close_stdin = commands.close_stdin
         self.read_output = commands.read_output
         self.wait_command = commands.wait_command
         self.kill_command = commands.kill_command
+
+    def stand_still(self, _: guest_pb2.StandStillRequest) -> Empty:
+        if self._stand_still is not None:
+            gc.collect()  # now, and not where it comes to be due: on the way of each clone
+            gc.freeze()
+            asyncio.get_running_loop().call_soon(self._stand_still)  # the answer has gone then
+        return Empty()
 
     async def add_route(self, request: guest_pb2.AddRouteRequest) -> types_pb2.Route:
         wanted = _from_route(request.route)

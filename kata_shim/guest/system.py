@@ -67,8 +67,13 @@ def set_time(seconds: int, microseconds: int) -> None:
 def reseed(data: bytes) -> None:
     """Mix `data` into the kernel's random number generator and make it take effect at once."""
     with open("/dev/urandom", "wb", buffering=0) as device:
-        device.write(data)
-        fcntl.ioctl(device, _RNDRESEEDCRNG)
+        mix_in(device.fileno(), data)
+
+
+def mix_in(random: int, data: bytes) -> None:
+    """As `reseed`, by an open descriptor of /dev/urandom."""
+    os.write(random, data)
+    fcntl.ioctl(random, _RNDRESEEDCRNG)
 
 
 def memory_block_size() -> int:

@@ -27,39 +27,43 @@ from kata_shim.protos import agent_pb2 as kata__shim_dot_protos_dot_agent__pb2
 from kata_shim.protos import types_pb2 as kata__shim_dot_protos_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckata_shim/protos/guest.proto\x12\tkata_shim\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1ckata_shim/protos/agent.proto\x1a\x1ckata_shim/protos/types.proto\".\n\x0f\x41\x64\x64RouteRequest\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.types.Route\"D\n\x13\x44\x65leteRoutesRequest\x12\x0c\n\x04\x64\x65st\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x17\n\x15ListMainRoutesRequest\"L\n\x13StartCommandRequest\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12\x0b\n\x03\x65nv\x18\x02 \x03(\t\x12\x0b\n\x03\x63wd\x18\x03 \x01(\t\x12\r\n\x05stdin\x18\x04 \x01(\x08\"*\n\x14StartCommandResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"5\n\x11WriteStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\'\n\x11\x43loseStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"W\n\x11ReadOutputRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12!\n\x06stream\x18\x02 \x01(\x0e\x32\x11.kata_shim.Stream\x12\x0b\n\x03len\x18\x03 \x01(\r\"\"\n\x12ReadOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x12WaitCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"%\n\x13WaitCommandResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\"8\n\x12KillCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06signal\x18\x02 \x01(\r**\n\x06Stream\x12\x08\n\x04NONE\x10\x00\x12\n\n\x06STDOUT\x10\x01\x12\n\n\x06STDERR\x10\x02\x32\xf5\x04\n\x05Guest\x12\x34\n\x08\x41\x64\x64Route\x12\x1a.kata_shim.AddRouteRequest\x1a\x0c.types.Route\x12<\n\x0c\x44\x65leteRoutes\x12\x1e.kata_shim.DeleteRoutesRequest\x1a\x0c.grpc.Routes\x12@\n\x0eListMainRoutes\x12 .kata_shim.ListMainRoutesRequest\x1a\x0c.grpc.Routes\x12O\n\x0cStartCommand\x12\x1e.kata_shim.StartCommandRequest\x1a\x1f.kata_shim.StartCommandResponse\x12\x42\n\nWriteStdin\x12\x1c.kata_shim.WriteStdinRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nCloseStdin\x12\x1c.kata_shim.CloseStdinRequest\x1a\x16.google.protobuf.Empty\x12I\n\nReadOutput\x12\x1c.kata_shim.ReadOutputRequest\x1a\x1d.kata_shim.ReadOutputResponse\x12L\n\x0bWaitCommand\x12\x1d.kata_shim.WaitCommandRequest\x1a\x1e.kata_shim.WaitCommandResponse\x12\x44\n\x0bKillCommand\x12\x1d.kata_shim.KillCommandRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckata_shim/protos/guest.proto\x12\tkata_shim\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1ckata_shim/protos/agent.proto\x1a\x1ckata_shim/protos/types.proto\">\n\x0c\x43laimRequest\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\"\x13\n\x11StandStillRequest\".\n\x0f\x41\x64\x64RouteRequest\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.types.Route\"D\n\x13\x44\x65leteRoutesRequest\x12\x0c\n\x04\x64\x65st\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x17\n\x15ListMainRoutesRequest\"L\n\x13StartCommandRequest\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12\x0b\n\x03\x65nv\x18\x02 \x03(\t\x12\x0b\n\x03\x63wd\x18\x03 \x01(\t\x12\r\n\x05stdin\x18\x04 \x01(\x08\"*\n\x14StartCommandResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"5\n\x11WriteStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\'\n\x11\x43loseStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"W\n\x11ReadOutputRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12!\n\x06stream\x18\x02 \x01(\x0e\x32\x11.kata_shim.Stream\x12\x0b\n\x03len\x18\x03 \x01(\r\"\"\n\x12ReadOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x12WaitCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"%\n\x13WaitCommandResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\"8\n\x12KillCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06signal\x18\x02 \x01(\r**\n\x06Stream\x12\x08\n\x04NONE\x10\x00\x12\n\n\x06STDOUT\x10\x01\x12\n\n\x06STDERR\x10\x02\x32\xf3\x05\n\x05Guest\x12\x38\n\x05\x43laim\x12\x17.kata_shim.ClaimRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nStandStill\x12\x1c.kata_shim.StandStillRequest\x1a\x16.google.protobuf.Empty\x12\x34\n\x08\x41\x64\x64Route\x12\x1a.kata_shim.AddRouteRequest\x1a\x0c.types.Route\x12<\n\x0c\x44\x65leteRoutes\x12\x1e.kata_shim.DeleteRoutesRequest\x1a\x0c.grpc.Routes\x12@\n\x0eListMainRoutes\x12 .kata_shim.ListMainRoutesRequest\x1a\x0c.grpc.Routes\x12O\n\x0cStartCommand\x12\x1e.kata_shim.StartCommandRequest\x1a\x1f.kata_shim.StartCommandResponse\x12\x42\n\nWriteStdin\x12\x1c.kata_shim.WriteStdinRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nCloseStdin\x12\x1c.kata_shim.CloseStdinRequest\x1a\x16.google.protobuf.Empty\x12I\n\nReadOutput\x12\x1c.kata_shim.ReadOutputRequest\x1a\x1d.kata_shim.ReadOutputResponse\x12L\n\x0bWaitCommand\x12\x1d.kata_shim.WaitCommandRequest\x1a\x1e.kata_shim.WaitCommandResponse\x12\x44\n\x0bKillCommand\x12\x1d.kata_shim.KillCommandRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kata_shim.protos.guest_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAM']._serialized_start=757
-  _globals['_STREAM']._serialized_end=799
-  _globals['_ADDROUTEREQUEST']._serialized_start=132
-  _globals['_ADDROUTEREQUEST']._serialized_end=178
-  _globals['_DELETEROUTESREQUEST']._serialized_start=180
-  _globals['_DELETEROUTESREQUEST']._serialized_end=248
-  _globals['_LISTMAINROUTESREQUEST']._serialized_start=250
-  _globals['_LISTMAINROUTESREQUEST']._serialized_end=273
-  _globals['_STARTCOMMANDREQUEST']._serialized_start=275
-  _globals['_STARTCOMMANDREQUEST']._serialized_end=351
-  _globals['_STARTCOMMANDRESPONSE']._serialized_start=353
-  _globals['_STARTCOMMANDRESPONSE']._serialized_end=395
-  _globals['_WRITESTDINREQUEST']._serialized_start=397
-  _globals['_WRITESTDINREQUEST']._serialized_end=450
-  _globals['_CLOSESTDINREQUEST']._serialized_start=452
-  _globals['_CLOSESTDINREQUEST']._serialized_end=491
-  _globals['_READOUTPUTREQUEST']._serialized_start=493
-  _globals['_READOUTPUTREQUEST']._serialized_end=580
-  _globals['_READOUTPUTRESPONSE']._serialized_start=582
-  _globals['_READOUTPUTRESPONSE']._serialized_end=616
-  _globals['_WAITCOMMANDREQUEST']._serialized_start=618
-  _globals['_WAITCOMMANDREQUEST']._serialized_end=658
-  _globals['_WAITCOMMANDRESPONSE']._serialized_start=660
-  _globals['_WAITCOMMANDRESPONSE']._serialized_end=697
-  _globals['_KILLCOMMANDREQUEST']._serialized_start=699
-  _globals['_KILLCOMMANDREQUEST']._serialized_end=755
-  _globals['_GUEST']._serialized_start=802
-  _globals['_GUEST']._serialized_end=1431
+  _globals['_STREAM']._serialized_start=842
+  _globals['_STREAM']._serialized_end=884
+  _globals['_CLAIMREQUEST']._serialized_start=132
+  _globals['_CLAIMREQUEST']._serialized_end=194
+  _globals['_STANDSTILLREQUEST']._serialized_start=196
+  _globals['_STANDSTILLREQUEST']._serialized_end=215
+  _globals['_ADDROUTEREQUEST']._serialized_start=217
+  _globals['_ADDROUTEREQUEST']._serialized_end=263
+  _globals['_DELETEROUTESREQUEST']._serialized_start=265
+  _globals['_DELETEROUTESREQUEST']._serialized_end=333
+  _globals['_LISTMAINROUTESREQUEST']._serialized_start=335
+  _globals['_LISTMAINROUTESREQUEST']._serialized_end=358
+  _globals['_STARTCOMMANDREQUEST']._serialized_start=360
+  _globals['_STARTCOMMANDREQUEST']._serialized_end=436
+  _globals['_STARTCOMMANDRESPONSE']._serialized_start=438
+  _globals['_STARTCOMMANDRESPONSE']._serialized_end=480
+  _globals['_WRITESTDINREQUEST']._serialized_start=482
+  _globals['_WRITESTDINREQUEST']._serialized_end=535
+  _globals['_CLOSESTDINREQUEST']._serialized_start=537
+  _globals['_CLOSESTDINREQUEST']._serialized_end=576
+  _globals['_READOUTPUTREQUEST']._serialized_start=578
+  _globals['_READOUTPUTREQUEST']._serialized_end=665
+  _globals['_READOUTPUTRESPONSE']._serialized_start=667
+  _globals['_READOUTPUTRESPONSE']._serialized_end=701
+  _globals['_WAITCOMMANDREQUEST']._serialized_start=703
+  _globals['_WAITCOMMANDREQUEST']._serialized_end=743
+  _globals['_WAITCOMMANDRESPONSE']._serialized_start=745
+  _globals['_WAITCOMMANDRESPONSE']._serialized_end=782
+  _globals['_KILLCOMMANDREQUEST']._serialized_start=784
+  _globals['_KILLCOMMANDREQUEST']._serialized_end=840
+  _globals['_GUEST']._serialized_start=887
+  _globals['_GUEST']._serialized_end=1642
 # @@protoc_insertion_point(module_scope)

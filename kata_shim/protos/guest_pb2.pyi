@@ -19,6 +19,20 @@ NONE: Stream
 STDOUT: Stream
 STDERR: Stream
 
+class ClaimRequest(_message.Message):
+    __slots__ = ("seed", "name", "machine_id")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_ID_FIELD_NUMBER: _ClassVar[int]
+    seed: bytes
+    name: str
+    machine_id: str
+    def __init__(self, seed: _Optional[bytes] = ..., name: _Optional[str] = ..., machine_id: _Optional[str] = ...) -> None: ...
+
+class StandStillRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class AddRouteRequest(_message.Message):
     __slots__ = ("route",)
     ROUTE_FIELD_NUMBER: _ClassVar[int]

@@ -37,10 +37,12 @@ async def save(monitor: Monitor, state: int) -> None:
 async def load(monitor: Monitor, state: int) -> None:
     """Have a QEMU that waits for it (`-incoming defer`) load its inherited descriptor `state`, and run on.
 
-    Returns before it has; a QEMU that cannot load the state ends, and says why in its log.
+    A QEMU that cannot load the state ends, and says why in its log.
     """
-    await _prepare(monitor)
-    await monitor.execute("migrate-incoming", {"uri": f"fd:{state}"})
+    async with monitor.events("RESUME") as events:
+        await _prepare(monitor)
+        await monitor.execute("migrate-incoming", {"uri": f"fd:{state}"})
+        await events.next()
 
 
 async def _prepare(monitor: Monitor) -> None:

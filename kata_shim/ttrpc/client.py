@@ -64,7 +64,7 @@ class Client(asyncio.Protocol):
         name: str = "",
         max_answer: int = MAX_PAYLOAD,
     ) -> Client:
-        """Connect to a unix socket; with `link`, `open` has to follow. Raises unavailable."""
+        """Connect to a unix socket. Raises unavailable."""
         client = cls(link=link, name=name or os.fspath(path), max_answer=max_answer)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: client, os.fspath(path))
@@ -93,12 +93,13 @@ class Client(asyncio.Protocol):
         if self._opened.is_set():
             return
         assert self._transport
-        self._nonce = os.urandom(link_layer.NONCE_LENGTH // 2).hex()
-        self._transport.write(link_layer.reset(self._nonce))
+        if not self._nonce:
+            self._transport.write(self._reset())
         try:
             async with asyncio.timeout(timeout):
                 await self._opened.wait()
         except TimeoutError:
+            self._nonce = ""
             message = f"{self.name}: no answer to the link's reset within {timeout:g} s"
             raise ShimError("deadline-exceeded", message) from None
         self._check_alive()
@@ -106,7 +107,7 @@ class Client(asyncio.Protocol):
     async def call(
         self, service: str, method: str, request: Message, response_type: type[M], timeout: float | None
     ) -> M:
-        """Call a method and return its answer. A call before `open` has ended waits for it.
+        """Call a method and return its answer. A call before `open` resets the link and waits for no echo.
 
         timeout: seconds, for all of it; the peer is told. Raises the peer's error status under its own code,
         deadline-exceeded, data-loss when the answer cannot be read, resource-exhausted when the request is
@@ -116,11 +117,12 @@ class Client(asyncio.Protocol):
         payload = _envelope(service, method, request, timeout)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         stream_id = 0
+        reset = b"" if self._nonce or self._opened.is_set() else self._reset()
         try:
             async with asyncio.timeout(None if timeout is None else timeout + _GRACE):
                 while not self._ready.is_set():
                     await self._ready.wait()
-                stream_id = self._send(payload, future)
+                stream_id = self._send(payload, future, reset)
                 answer = await future
         except TimeoutError:
             message = f"{self.name}: no answer to {service}/{method} within {timeout:g} s"
@@ -140,7 +142,15 @@ class Client(asyncio.Protocol):
         """Wait until the channel has ended, for whatever cause, and its socket is closed."""
         await self._closed.wait()
 
-    def _send(self, payload: bytes, future: asyncio.Future[bytes]) -> int:
+    def _reset(self) -> bytes:
+        """Return a reset to be written: the guest drops what came before it, calls included."""
+        self._fail(ShimError("unavailable", f"{self.name}: the link was reset"))
+        self._nonce = os.urandom(link_layer.NONCE_LENGTH // 2).hex()
+        self._ready.set()
+        return link_layer.reset(self._nonce)
+
+    def _send(self, payload: bytes, future: asyncio.Future[bytes], reset: bytes) -> int:
+        """Write a request, behind a reset in the same write if there is one; return its stream id."""
         self._check_alive()
         assert self._transport
         stream_id = self._next_id
@@ -149,7 +159,7 @@ class Client(asyncio.Protocol):
         self._next_id += 2
         self._pending[stream_id] = future
         data = encode(Frame(stream_id, REQUEST, 0, payload))
-        self._transport.write(link_layer.escape(data) if self._link else data)
+        self._transport.write(reset + link_layer.escape(data) if self._link else data)
         return stream_id
 
     def _check_alive(self) -> None:
@@ -160,16 +170,19 @@ class Client(asyncio.Protocol):
         if self._cause:
             return
         self._cause = cause
-        for future in self._pending.values():
-            if not future.done():
-                future.set_exception(ShimError(cause.code, cause.message, **cause.attrs))
-        self._pending.clear()
+        self._fail(cause)
         self._opened.set()
         self._ready.set()
         if self._transport:
             self._transport.abort()
         else:
             self._closed.set()
+
+    def _fail(self, cause: ShimError) -> None:
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(ShimError(cause.code, cause.message, **cause.attrs))
+        self._pending.clear()
 
     # asyncio.Protocol: what the transport calls.
 
@@ -189,7 +202,7 @@ class Client(asyncio.Protocol):
             self._ready.clear()
 
     def resume_writing(self) -> None:
-        if self._opened.is_set():
+        if self._opened.is_set() or self._nonce:
             self._ready.set()
 
     def data_received(self, data: bytes) -> None:
@@ -205,7 +218,6 @@ class Client(asyncio.Protocol):
         if not self._opened.is_set():
             if isinstance(event, link_layer.Reset) and event.nonce == self._nonce:
                 self._opened.set()
-                self._ready.set()
         elif isinstance(event, bytes):
             self._frames(event)
         elif isinstance(event, link_layer.Lost):

@@ -18,7 +18,6 @@ Data is escaped: 0x7d becomes 7d 5d, 0x7e becomes 7d 5e (as in RFC 1662, 4.2).
 from __future__ import annotations
 
 import re
-from enum import Enum
 from typing import NamedTuple
 
 FLAG = b"\x7e"
@@ -45,10 +44,7 @@ class Lost(NamedTuple):
 Event = bytes | Reset | Lost
 
 
-class _State(Enum):
-    DROP = 0
-    NONCE = 1
-    DATA = 2
+_DROP, _NONCE, _DATA = range(3)  # the states; an Enum's member is found by code of Python's
 
 
 def reset(nonce: str) -> bytes:
@@ -66,7 +62,7 @@ class SerialLink:
     """The reading half of a link; both ends read alike. It never holds more than NONCE_LENGTH bytes."""
 
     def __init__(self) -> None:
-        self._state = _State.DROP
+        self._state = _DROP
         self._held = b""  # NONCE: the digits so far; DATA: an escape whose second byte is still to come
 
     def receive(self, data: bytes) -> list[Event]:
@@ -75,35 +71,38 @@ class SerialLink:
         How the stream is cut into chunks makes no difference but to how the data is cut.
         """
         events: list[Event] = []
-        first, *rest = data.split(FLAG)
-        self._between(first, events)
-        for part in rest:
-            self._flag(events)
-            self._between(part, events)
+        first = True
+        for part in data.split(FLAG):
+            if not first:
+                self._flag(events)
+            first = False
+            if part and self._state is not _DROP:
+                self._between(part, events)
         return events
 
     def _flag(self, events: list[Event]) -> None:
-        if self._state is _State.NONCE and _is_nonce(self._held):
+        if self._state is _NONCE and _is_nonce(self._held):
             events.append(Reset(self._held.decode()))
-            self._state = _State.DATA
+            self._state = _DATA
         else:
-            if self._state is _State.DATA:
+            if self._state is _DATA:
                 events.append(Lost("the peer reset the link"))
-            self._state = _State.NONCE
+            self._state = _NONCE
         self._held = b""
 
     def _between(self, part: bytes, events: list[Event]) -> None:
-        if not part or self._state is _State.DROP:
-            return
-        if self._state is _State.DATA:
+        if self._state is _DATA:
             self._unescape(self._held + part, events)
         elif len(self._held) + len(part) <= NONCE_LENGTH:
             self._held += part
         else:
             self._held = b""
-            self._state = _State.DROP
+            self._state = _DROP
 
     def _unescape(self, data: bytes, events: list[Event]) -> None:
+        if _ESCAPE not in data:
+            events.append(data)
+            return
         self._held = b""
         bad = _BAD_ESCAPE.search(data)
         if bad:
@@ -114,7 +113,7 @@ class SerialLink:
             events.append(data.replace(_ESCAPED_FLAG, FLAG).replace(_ESCAPED_ESCAPE, _ESCAPE))
         if bad:
             events.append(Lost("an escape that stands for nothing"))
-            self._state = _State.DROP
+            self._state = _DROP
 
 
 def _is_nonce(text: bytes) -> bool:

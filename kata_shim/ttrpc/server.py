@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any, cast
 
 from google.protobuf.message import DecodeError, Message
@@ -15,7 +17,9 @@ from kata_shim.ttrpc import link
 from kata_shim.ttrpc.envelope_pb2 import Request, Response, Status
 from kata_shim.ttrpc.wire import MAX_PAYLOAD, REQUEST, RESPONSE, Decoder, Frame, ProtocolError, encode
 
-Handler = Callable[[Any], Awaitable[Message]]
+AsyncHandler = Callable[[Any], Coroutine[Any, Any, Message]]
+Handler = AsyncHandler | Callable[[Any], Message]
+Answering = Callable[[], Coroutine[Any, Any, bytes]]
 
 MAX_CALLS = 1024  # in flight in one session; more are refused, so that a peer cannot fill the memory
 
@@ -27,15 +31,17 @@ class Server:
     """Services, and what they answer to a request; no connections."""
 
     def __init__(self) -> None:
-        self._handlers: dict[tuple[str, str], tuple[type[Message], Handler]] = {}
+        # With whether they are async: that takes a while to find out.
+        self._handlers: dict[tuple[str, str], tuple[type[Message], Handler, bool]] = {}
 
     def register(self, service: str, handlers: Mapping[str, tuple[type[Message], Handler]]) -> None:
         """Add a service: method name -> (request type, handler that takes the request, returns the answer).
 
-        A ShimError that a handler raises is answered as its status; any other exception as internal.
+        What a handler returns at once, not being async, is answered before anything else is read. A ShimError
+        that it raises is answered as its status; any other exception as internal.
         """
-        for method, handler in handlers.items():
-            self._handlers[service, method] = handler
+        for method, (request_type, handler) in handlers.items():
+            self._handlers[service, method] = request_type, handler, iscoroutinefunction(handler)
 
     def register_object(
         self, service: str, methods: Mapping[str, tuple[type[Message], type[Message]]], target: object
@@ -57,8 +63,11 @@ class Server:
         """Return a session for a stream that can be cut; `discard` drops what `send` has not written yet."""
         return LinkedSession(self, send, discard)
 
-    async def answer(self, payload: bytes) -> bytes:
-        """Return the serialized ttrpc.Response to a serialized ttrpc.Request. Raises only CancelledError."""
+    def begin(self, payload: bytes) -> bytes | Answering:
+        """Take a serialized ttrpc.Request; return the serialized ttrpc.Response, or what will when awaited.
+
+        Neither raises anything but CancelledError.
+        """
         method = "request"
         try:
             request = Request.FromString(payload)
@@ -66,26 +75,16 @@ class Server:
             found = self._handlers.get((request.service, request.method))
             if not found:
                 raise ShimError("unimplemented", f"{method}: no such method")
-            request_type, handler = found
+            request_type, handler, is_async = found
             argument = request_type.FromString(request.payload)
-            async with asyncio.timeout(request.timeout_nano / 1e9 if request.timeout_nano else None) as limit:
-                response = Response(payload=(await handler(argument)).SerializeToString())
-            answer = response.SerializeToString()
-            if len(answer) > MAX_PAYLOAD:
-                message = f"{method}: answer of {len(answer)} bytes is more than {MAX_PAYLOAD}"
-                raise ShimError("resource-exhausted", message)
-        except ShimError as error:
-            return _failure(error)
+            if is_async:
+                handler = cast(AsyncHandler, handler)
+                return partial(_finish, method, handler, argument, request.timeout_nano / 1e9)
+            return _success(method, cast(Message, handler(argument)))
         except DecodeError:
             return _failure(ShimError("invalid-argument", f"{method}: not the protobuf message it should be"))
-        except TimeoutError as error:
-            if not limit.expired():
-                return _internal(method, error)
-            message = f"{method}: not done within {request.timeout_nano / 1e9:g} s"
-            return _failure(ShimError("deadline-exceeded", message))
         except Exception as error:
-            return _internal(method, error)
-        return answer
+            return _failed(method, error)
 
 
 class Session:
@@ -115,6 +114,11 @@ class Session:
         for task in self._tasks:
             task.cancel()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is in flight."""
+        return bool(self._tasks)
+
     async def drain(self) -> None:
         """Wait until no call is in flight."""
         while self._tasks:
@@ -125,22 +129,28 @@ class Session:
             return
         if len(self._tasks) >= MAX_CALLS:
             message = f"more than {MAX_CALLS} calls in flight on one connection"
-            answer = _failure(ShimError("resource-exhausted", message))
-            self._send(encode(Frame(frame.stream_id, RESPONSE, 0, answer)))
+            self._answer(frame.stream_id, _failure(ShimError("resource-exhausted", message)))
             return
-        task = asyncio.get_running_loop().create_task(self._serve(frame))
+        answer = self._server.begin(frame.payload)
+        if isinstance(answer, bytes):
+            self._answer(frame.stream_id, answer)
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(frame.stream_id, answer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, frame: Frame) -> None:
+    async def _serve(self, stream_id: int, answering: Answering) -> None:
         try:
-            answer = await self._server.answer(frame.payload)
+            answer = await answering()
         except asyncio.CancelledError:
             if self._cancelled:
                 raise
             answer = _failure(ShimError("cancelled", "the call was cancelled by the server"))
         if not self._cancelled:
-            self._send(encode(Frame(frame.stream_id, RESPONSE, 0, answer)))
+            self._answer(stream_id, answer)
+
+    def _answer(self, stream_id: int, answer: bytes) -> None:
+        self._send(encode(Frame(stream_id, RESPONSE, 0, answer)))
 
 
 class LinkedSession:
@@ -172,6 +182,11 @@ class LinkedSession:
                     self._session.receive(event)
                 except ProtocolError as error:
                     self._lose(str(error))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is in flight."""
+        return self._session is not None and self._session.is_busy
 
     def cancel(self) -> None:
         """Cancel the calls in flight and send nothing more, until the next reset."""
@@ -219,6 +234,31 @@ class ServerProtocol(asyncio.Protocol):
 def snake_case(name: str) -> str:
     """Return a method's name as a Python name: UpdateInterface -> update_interface."""
     return _WORD_START.sub("_", name).lower()
+
+
+async def _finish(method: str, handler: AsyncHandler, argument: Message, timeout: float) -> bytes:
+    """Return the serialized ttrpc.Response; `timeout` in seconds, 0 for none."""
+    try:
+        async with asyncio.timeout(timeout or None) as limit:
+            return _success(method, await handler(argument))
+    except TimeoutError as error:
+        if limit.expired():
+            return _failure(ShimError("deadline-exceeded", f"{method}: not done within {timeout:g} s"))
+        return _failed(method, error)
+    except Exception as error:
+        return _failed(method, error)
+
+
+def _success(method: str, answer: Message) -> bytes:
+    data = Response(payload=answer.SerializeToString()).SerializeToString()
+    if len(data) > MAX_PAYLOAD:
+        message = f"{method}: answer of {len(data)} bytes is more than {MAX_PAYLOAD}"
+        raise ShimError("resource-exhausted", message)
+    return data
+
+
+def _failed(method: str, error: Exception) -> bytes:
+    return _failure(error) if isinstance(error, ShimError) else _internal(method, error)
 
 
 def _failure(error: ShimError) -> bytes:

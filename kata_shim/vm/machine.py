@@ -31,6 +31,7 @@ from kata_shim.vm.taps import HostTaps
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
+REHEARSALS = 16  # after eight calls of a function CPython begins to make its code faster
 END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
 Step = Callable[[str], Awaitable[None]]
 Started = Callable[[Process], Awaitable[None]]
@@ -98,7 +99,7 @@ class Machine:
             await self._start(replace(self.describe(), name=name, uuid=uuid), started)
             await step("booting the guest")
             await self._open_agent(self._hypervisor.agent_timeout)
-            await self._make_its_own(name)
+            await self._claim(name)
 
     async def boot_template(self, memory: Path, state: int, step: Step) -> None:
         """Boot a guest that is nobody's, its memory in the file `memory`, save it to `state`, and end.
@@ -111,7 +112,7 @@ class Machine:
             await self._start(spec, None, cid_of=str(uuid4()))
             await step("booting the template")
             await self._open_agent(self._hypervisor.agent_timeout)
-            await self.agent.close()
+            await self._unless_gone(self._rehearse())
             await self._unless_gone(migration.save(self.monitor, state))
         finally:
             await self.kill()
@@ -129,12 +130,14 @@ class Machine:
         )
         async with self._dead_unless_whole():
             await self._start(spec, started, (saved.memory, saved.state))
+            # The saved guest knows of somebody at the channel's other end, and so has nothing to be told.
+            await self._unless_gone(self.agent.dial())
             await self._unless_gone(migration.load(self.monitor, saved.state))
-            await self._open_agent(self._hypervisor.agent_timeout)
-            await self._make_its_own(name)
+            await self._claim(name)
 
     async def park(self) -> None:
         """Have the guest stand still and let go of QEMU; `resume` goes on, in this process or another."""
+        await self.agent.stand_still()
         await self.agent.close()
         await self._unless_gone(self.monitor.execute("stop"))
         await self.close()
@@ -146,8 +149,8 @@ class Machine:
             await started(self.process)
             await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
             await self._unless_gone(self.monitor.execute("cont"))
-            await self._open_agent(self._hypervisor.agent_timeout)
-            await self._make_its_own(name)
+            await self._unless_gone(self.agent.dial())
+            await self._claim(name)
 
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
         """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended.
@@ -327,10 +330,15 @@ class Machine:
             await started(self.process)
         await self._connect(cid, self._hypervisor.agent_timeout)
 
-    async def _make_its_own(self, name: str) -> None:
-        """Give the guest randomness before anything else: a clone's is its template's. Then time and name."""
-        await self.agent.reseed()
-        await together(self.agent.set_time(), self.agent.create_sandbox(name))
+    async def _rehearse(self) -> None:
+        """Have the agent do what a clone's has to, until its interpreter has made that as fast as it can."""
+        for _ in range(REHEARSALS):
+            await self.agent.claim("template")
+        await self.agent.stand_still()
+
+    async def _claim(self, name: str) -> None:
+        timeout = self._hypervisor.agent_timeout
+        await self._answering(self.agent.claim(name, timeout), timeout)
 
     def _listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -356,8 +364,11 @@ class Machine:
         self.agent = Agent(cid or self._near / "agent.sock", self.explain)
 
     async def _open_agent(self, timeout: float) -> None:
+        await self._answering(self.agent.open(timeout), timeout)
+
+    async def _answering(self, call: Coroutine[Any, Any, None], timeout: float) -> None:
         try:
-            await self._unless_gone(self.agent.open(timeout))
+            await self._unless_gone(call)
         except ShimError as error:
             if error.code != "deadline-exceeded":
                 raise

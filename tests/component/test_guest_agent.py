@@ -30,6 +30,7 @@ from kata_shim.protos.guest_pb2 import (
     STDERR,
     STDOUT,
     AddRouteRequest,
+    ClaimRequest,
     CloseStdinRequest,
     DeleteRoutesRequest,
     KillCommandRequest,
@@ -90,6 +91,18 @@ class TestHealth:
         assert (await sh(client, "uname -n"))[1] == b"h" * 64 + b"\n"
         request = CreateSandboxRequest(storages=[Storage(driver="9p")])
         assert (await refused(client, "CreateSandbox", request))[0] == "unimplemented"
+
+    async def test_claim(self, client: Client) -> None:
+        """Under an init of its own the machine id is not the agent's business."""
+        before = await sh(client, "cat /etc/machine-id")
+        for name in ("first", "second"):
+            await call(client, "Claim", ClaimRequest(seed=b"x" * 64, name=name, machine_id="0" * 32))
+            assert (await sh(client, "uname -n"))[1] == f"{name}\n".encode()
+        assert await sh(client, "cat /etc/machine-id") == before
+
+    async def test_standing_still_is_for_ports(self, client: Client) -> None:
+        await call(client, "StandStill")
+        assert (await sh(client, "echo hello"))[1] == b"hello\n"
 
     async def test_wrong_time(self, client: Client) -> None:
         request = SetGuestDateTimeRequest(Sec=1, Usec=1_000_000)

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,19 @@ from kata_shim.guest.children import Children
 from kata_shim.guest.services import Agent
 from kata_shim.netconf.link import Monitor
 from kata_shim.netconf.netlink import Netlink
+from kata_shim.protos.agent_pb2 import SetGuestDateTimeRequest
 from kata_shim.protos.guest_pb2 import (
     STDOUT,
     ReadOutputRequest,
     WaitCommandRequest,
 )
 from kata_shim.protos.health_pb2 import HealthCheckResponse
+from kata_shim.protos.services import SERVICES
 from kata_shim.protos.types_pb2 import Interface
+from kata_shim.ttrpc import envelope_pb2 as ttrpc
+from kata_shim.ttrpc import link
 from kata_shim.ttrpc.client import Client
+from kata_shim.ttrpc.wire import REQUEST, Decoder, Frame, encode
 from tests.component.guest_calls import SOON, call, gone, refused, sh, start
 from tests.component.netns import MAC, network_namespace
 
@@ -38,6 +44,22 @@ def namespace() -> Iterator[None]:
         yield
 
 
+def _ask(sock: socket.socket, method: str, message: Any = None, *, reset: bool = False) -> ttrpc.Response:
+    """Call a method on a blocking socket, behind a reset of the link or in the session that is open."""
+    service = next(name for name, methods in SERVICES.items() if method in methods)
+    payload = (message or SERVICES[service][method][0]()).SerializeToString()
+    asked = ttrpc.Request(service=service, method=method, payload=payload).SerializeToString()
+    frame = link.escape(encode(Frame(1, REQUEST, 0, asked)))
+    sock.sendall((link.reset("0f" * 16) if reset else b"") + frame)
+    reader, decoder = link.SerialLink(), Decoder()
+    if not reset:
+        reader.receive(link.reset("0f" * 16))
+    while True:
+        for event in reader.receive(sock.recv(1 << 16)):
+            for answer in decoder.feed(event) if isinstance(event, bytes) else ():
+                return ttrpc.Response.FromString(answer.payload)
+
+
 class TestVirtioPort:
     """The agent on one end of a socket pair; on the other, which is QEMU's, one host after the other."""
 
@@ -48,7 +70,7 @@ class TestVirtioPort:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
-        port = VirtioPort(theirs.detach(), lambda: agent.server(lambda: None))
+        port = VirtioPort(theirs.detach(), lambda still: agent.server(lambda: None, still))
         yield ours
         port.close()
         ours.close()
@@ -72,6 +94,22 @@ class TestVirtioPort:
         for _ in range(3):
             async with self.host(ours) as client:
                 assert await sh(client, "echo hello") == (0, b"hello\n", b"")
+
+    async def test_it_stands_still_while_all_is_answered_at_once(self, ours: socket.socket) -> None:
+        """The host is a thread: where the agent stands still, so does this loop."""
+        loop = asyncio.get_running_loop()
+        order: list[str] = []
+
+        def host() -> None:
+            ours.settimeout(SOON)
+            _ask(ours, "StandStill", reset=True)
+            loop.call_soon_threadsafe(order.append, "the loop")
+            words = _ask(ours, "SetGuestDateTime", SetGuestDateTimeRequest(Usec=1_000_000)).status.message
+            order.append(words)
+            _ask(ours, "Check")
+
+        await asyncio.to_thread(host)
+        assert order == ["Usec: 1000000 is not within 0..999999", "the loop"]
 
     async def test_garbage_and_half_frames_before_the_reset(self, ours: socket.socket) -> None:
         loop = asyncio.get_running_loop()

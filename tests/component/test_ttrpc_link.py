@@ -118,6 +118,27 @@ async def test_calls_made_before_open_wait_for_it(tmp_path: Path) -> None:
         assert await early == "early ~}"
 
 
+async def test_the_first_call_goes_along_with_the_reset(tmp_path: Path) -> None:
+    port = Port(guest())
+    port.unsent += b"\x00\xff~}" + link.reset("0f" * 16)
+    async with listening(tmp_path / "s", port), linked(tmp_path / "s") as client:
+        assert await version(client, "first ~}") == "first ~}"
+        assert await version(client, "second") == "second"
+
+
+async def test_a_second_reset_ends_what_was_asked_after_the_first(tmp_path: Path) -> None:
+    port = Port(None)
+    async with listening(tmp_path / "s", port), linked(tmp_path / "s") as client:
+        early = asyncio.create_task(error(client, "early"))
+        await asyncio.sleep(0)
+        with pytest.raises(ShimError, match="no answer to the link's reset"):
+            await client.open(0.05)
+        port.session = guest().linked_session(port.send, port.discard)
+        await client.open(SOON)
+        assert await early == "unavailable: port: the link was reset"
+        assert await version(client, "now") == "now"
+
+
 @pytest.mark.parametrize("direction", ["to_guest", "to_host"])
 async def test_cut_after_any_number_of_bytes(tmp_path: Path, direction: str) -> None:
     """Cut the reset, the echo or the frame after n bytes, for every n; the next host is served."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
 
 import pytest
 from google.protobuf.message import Message
@@ -47,7 +47,7 @@ def responses(data: bytes) -> dict[int, Response]:
 
 
 async def answer(
-    handler: Callable[[CheckRequest], Awaitable[Message]], data: bytes | None = None
+    handler: Callable[[CheckRequest], Coroutine[Any, Any, Message]], data: bytes | None = None
 ) -> Response:
     """Return what a server with that handler for Check answers to one request."""
     server = Server()
@@ -60,7 +60,7 @@ async def answer(
 
 
 async def status(
-    handler: Callable[[CheckRequest], Awaitable[Message]], data: bytes | None = None
+    handler: Callable[[CheckRequest], Coroutine[Any, Any, Message]], data: bytes | None = None
 ) -> tuple[int, str]:
     found = (await answer(handler, data)).status
     return found.code, found.message
@@ -184,6 +184,25 @@ def test_method_names() -> None:
     assert snake_case("OnlineCPUMem") == "online_cpu_mem"
 
 
+def test_what_is_not_async_is_answered_at_once() -> None:
+    """Without a loop even: nothing else has come in between."""
+
+    def handler(request: CheckRequest) -> HealthCheckResponse:
+        if request.service:
+            raise ShimError("not-found", request.service)
+        return SERVING
+
+    server = Server()
+    server.register(HEALTH_SERVICE, {"Check": (CheckRequest, handler)})
+    sent = bytearray()
+    session = server.session(sent.extend)
+    session.receive(request() + request(CheckRequest(service="x").SerializeToString(), stream_id=3))
+    assert not session.is_busy
+    found = responses(bytes(sent))
+    assert HealthCheckResponse.FromString(found[1].payload) == SERVING
+    assert found[3].status.message == "x"
+
+
 async def test_register_object() -> None:
     class Health:
         async def check(self, request: CheckRequest) -> HealthCheckResponse:
@@ -193,14 +212,9 @@ async def test_register_object() -> None:
         Server().register_object(HEALTH_SERVICE, HEALTH, Health())
     server = Server()
     server.register_object(HEALTH_SERVICE, {"Check": HEALTH["Check"]}, Health())
-    assert (
-        HealthCheckResponse.FromString(
-            Response.FromString(
-                await server.answer(Request(service=HEALTH_SERVICE, method="Check").SerializeToString())
-            ).payload
-        )
-        == SERVING
-    )
+    answering = server.begin(Request(service=HEALTH_SERVICE, method="Check").SerializeToString())
+    assert not isinstance(answering, bytes)
+    assert HealthCheckResponse.FromString(Response.FromString(await answering()).payload) == SERVING
 
 
 def test_every_method_has_its_types() -> None:
