@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,17 +53,17 @@ class Node:
         self._factory: Command | None = None
         self._serves = False
 
-    def kill(self, moment: str, victim: str) -> bool:
-        """Kill a process at some moment; assert the next command leaves nothing. False: none was there."""
+    def kill(self, moment: str, victims: Sequence[str]) -> bool:
+        """Kill processes at some moment; assert the next command leaves nothing. False: none was there."""
         command = self._begin(moment)
-        hit = self._strike(victim, command, moment)
+        hit = self._strike(victims, command, moment)
         if command is not self._factory:
-            self._end(command, moment, victim)
+            self._end(command, moment, victims)
         if moment == "destroy":
             self.destroy(template=False)
             return hit
         self._delete()
-        if victim != "factory":
+        if "factory" not in victims:
             self._until_whole()
         elif self._chance.random() < 0.5:
             self.destroy(template=self._chance.random() < AGAIN)
@@ -116,24 +116,27 @@ class Node:
         }
         return self._start(*words[moment])
 
-    def _strike(self, victim: str, command: Command, moment: str) -> bool:
-        """Kill one, be it as soon as there is one; return False if `command` has ended before."""
-        sandbox, after = self._own.root / "sandboxes" / ID, self._chance.uniform(0, LASTS[moment])
+    def _strike(self, victims: Sequence[str], command: Command, moment: str) -> bool:
+        """Kill one of each, as soon as there is one; return False if `command` has ended before."""
+        after = self._chance.uniform(0, LASTS[moment])
         with watched(command.pid) as ended:
             if moment == "run" and self._chance.random() < 0.5:
-                # When it has a QEMU of which nobody has heard yet.
-                while not any((sandbox / name).exists() for name in ("taken", "qemu.log")) and not ended(
-                    LOOK
-                ):
+                while not self._has_qemu() and not ended(LOOK):
                     pass
             else:
                 ended(after)
-            while not (found := self._find(victim, command)):
-                if ended(LOOK):
-                    return False
-            with suppress(ProcessLookupError):
-                os.kill(self._chance.choice(sorted(found)), signal.SIGKILL)
+            for victim in victims:
+                while not (found := self._find(victim, command)):
+                    if ended(LOOK):
+                        return False
+                with suppress(ProcessLookupError):
+                    os.kill(self._chance.choice(sorted(found)), signal.SIGKILL)
         return True
+
+    def _has_qemu(self) -> bool:
+        """Whether the sandbox has a QEMU, of which no record need tell yet."""
+        sandbox = self._own.root / "sandboxes" / ID
+        return (sandbox / "taken").exists() or (sandbox / "qemu.log").exists()
 
     def _find(self, victim: str, command: Command) -> Iterable[int]:
         assert self._factory is not None
@@ -152,12 +155,12 @@ class Node:
             case _:
                 return [pid for pid, _ in find_by_log(*root.glob("sandboxes/*/**/qemu.log"))]
 
-    def _end(self, command: Command, moment: str, victim: str) -> None:
+    def _end(self, command: Command, moment: str, victims: Sequence[str]) -> None:
         """Wait for a command's end; unless it or its shim was killed it succeeds, or leaves nothing."""
         told = command.communicate(timeout=PATIENCE)
-        if victim in ("command", "shim"):
+        if "command" in victims or "shim" in victims:
             return
-        if command.returncode and victim == "QEMU":
+        if command.returncode and "QEMU" in victims:
             assert moment == "add-iface" or not (self._own.root / "sandboxes" / ID).exists(), told
         else:
             assert command.returncode == 0, told

@@ -16,6 +16,7 @@ from tests.node import MOMENTS, Node
 from tests.support import Runtime
 
 VMS = 2  # one waits while the other is handed over
+TWO = 0.3  # of all kills: those of two processes at once
 HITS = 0.6  # of all kills: what is to be killed has ended at times before the moment has come
 
 
@@ -31,10 +32,12 @@ def test_kills(root: Path, request: pytest.FixtureRequest) -> None:
         for number in range(kills):
             drawn = drawn or chance.sample(sorts, len(sorts))
             moment, victim = drawn.pop()
+            others = [other for other in MOMENTS[moment] if other != victim]
+            victims = [victim, chance.choice(others)] if chance.random() < TWO else [victim]
             try:
-                hits += node.kill(moment, victim)
+                hits += node.kill(moment, victims)
             except BaseException as error:
-                error.add_note(f"--seed {seed}, kill {number + 1}: the {victim}, at {moment}")
+                error.add_note(f"--seed {seed}, kill {number + 1}: {' and '.join(victims)}, at {moment}")
                 raise
         node.destroy()
     finally:
