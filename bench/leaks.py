@@ -1,7 +1,8 @@
-"""Whether anything is left of a sandbox: cycles of start and delete, and what there is in between."""
+"""Whether anything is left of a sandbox: cycles of start, add-iface and delete, and what is in between."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from bench.place import CLI, Factory, Ground, Place
 SAMPLES = 20  # beside the first
 UNCOUNTED = 10  # cycles before the first
 SETTLING = 2.0  # seconds
-COUNTED = 5  # columns of a sample: cycles, and what is counted
+COUNTED = 6  # columns of a sample: cycles, and what is counted
+NIC = {"device": "leaks", "name": "eth1", "mtu": 1500, "hwAddr": "02:42:20:6f:00:01"}
 
 
 class Sample(NamedTuple):
@@ -25,6 +27,7 @@ class Sample(NamedTuple):
     processes: int
     fds: int
     sockets: int
+    links: int
     entries: int
     tmpfs: int
     factory_rss: int
@@ -36,18 +39,20 @@ def leaks(ground: Ground, cycles: int) -> tuple[list[Sample], dict[str, int]]:
     """Return a sample of the beginning and of each twentieth, and how many starts went which way.
 
     Every second start finds a VM in the cache; the one after it comes before the next is there, and clones.
+    That sandbox gets a NIC too.
     """
     ways: dict[str, int] = {}
     with Place(ground, "cycles", cache=1) as place:
+        (place.root / "nic.json").write_text(json.dumps(NIC))
         factory = place.start_factory()
-        for _ in range(UNCOUNTED):
-            _cycle(place, {})
+        for number in range(UNCOUNTED):
+            _cycle(place, {}, nic=bool(number % 2))
         samples = [_settled(ground, place, factory, 0)]
         every = max(1, cycles // SAMPLES)
         for number in range(1, cycles + 1):
             if number % 2:
                 factory.until_full()
-            _cycle(place, ways)
+            _cycle(place, ways, nic=not number % 2)
             if number % every == 0:
                 samples.append(_settled(ground, place, factory, number, samples[0]))
     return samples, ways
@@ -75,11 +80,13 @@ def _slopes(name: str, samples: list[Sample]) -> str:
     return f"| {name} | {' | '.join(f'{slope:+,.3f}' for slope in slopes)} |"
 
 
-def _cycle(place: Place, ways: dict[str, int]) -> None:
+def _cycle(place: Place, ways: dict[str, int], *, nic: bool) -> None:
     place.wait(place.spawn([CLI, "run", "--detach", "one"]))
     record = (place.root / "sandboxes/one/record.json").read_text()
     way = next(way for way in ("cache", "template", "boot") if f'"source":"{way}"' in record)
     ways[way] = ways.get(way, 0) + 1
+    if nic:
+        place.wait(place.spawn([CLI, "kata-network", "add-iface", "one", str(place.root / "nic.json")]))
     place.wait(place.spawn([CLI, "delete", "--force", "one"]))
 
 
@@ -112,6 +119,7 @@ def _sample(ground: Ground, place: Place, factory: int, zygote: int, cycles: int
         len(ours),
         sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (factory, zygote)),
         len(Path("/proc/net/unix").read_text().splitlines()) - 1,
+        len(os.listdir("/sys/class/net")),
         sum(1 for _ in ground.path.rglob("*")),
         (disk.f_blocks - disk.f_bfree) * disk.f_frsize >> 10,
         _rss(factory),
