@@ -61,9 +61,9 @@ class Network:
                 await self._remove(left)  # an earlier attempt left it with the guest; it must go first
             nic = self._reserve(interface)
             undo.push_async_callback(self._take_back, nic)
-            nic.tap = await self._machine.taps.find(interface)
+            nic.tap = await self._machine.nics.taps.find(interface)
             await self._file.save()
-            await self._machine.introduce(interface, nic.slot)
+            await self._machine.nics.introduce(interface, nic.slot)
             nic.phase = "present"
             await self._file.save()
             undo.pop_all()
@@ -93,8 +93,8 @@ class Network:
             nic.phase = "updating"
             await self._file.save()
             nic.interface = after
-            await self._machine.taps.set_mtu(after)
-            await self._machine.configure(after, nic.slot)
+            await self._machine.nics.taps.set_mtu(after)
+            await self._machine.nics.configure(after, nic.slot)
             nic.phase = "present"
             await self._file.save()
             undo.pop_all()
@@ -218,7 +218,7 @@ class Network:
 
     async def _remove(self, nic: Nic) -> None:
         """Unplug the NIC, or what part of it is there, and forget it; raises when the guest keeps it."""
-        await self._machine.unplug(nic.interface, nic.slot)
+        await self._machine.nics.unplug(nic.interface, nic.slot)
         self._record.nics.remove(nic)
         self._machine.topology.free(nic.slot)
         self._devices.release(nic.interface.device)
@@ -231,7 +231,7 @@ class Network:
 
     async def _take_back(self, nic: Nic) -> None:
         """Undo an add. A guest that keeps the device keeps it on record: nothing else may use its slot."""
-        await self._machine.taps.put_back(nic.tap)
+        await self._machine.nics.taps.put_back(nic.tap)
         try:
             await self._remove(nic)
         except ShimError as error:
@@ -244,8 +244,8 @@ class Network:
     async def _set_back(self, nic: Nic, before: Interface) -> None:
         nic.interface, nic.phase = before, "present"
         try:
-            await self._machine.taps.set_mtu(before)
-            await self._machine.configure(before, nic.slot)
+            await self._machine.nics.taps.set_mtu(before)
+            await self._machine.nics.configure(before, nic.slot)
             await self._file.save()
         except ShimError as error:
             log.warning("a NIC could not be set back", name=before.name, error=error.message)

@@ -1,7 +1,7 @@
 """The virtual machine of one sandbox: QEMU, its monitor, its console and the agent inside, as one thing.
 
 Everything that can end it ends in one `gone`, with the most telling cause. Nothing here knows of records or
-commands: it starts, takes over, plugs, unplugs, and dies.
+commands: it starts, takes over, and dies; its network cards are nics.py's.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from uuid import uuid4
 from kata_shim import log
 from kata_shim.agent import Agent
 from kata_shim.config import Config
-from kata_shim.contract.interface import Interface
 from kata_shim.errors import ShimError
-from kata_shim.qemu import accelerator, cmdline, hotplug, migration, tap, vhost_user
+from kata_shim.qemu import accelerator, cmdline, migration
 from kata_shim.qemu.console import Console
-from kata_shim.qemu.monitor import COMMAND_TIMEOUT, Monitor
+from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
-from kata_shim.qemu.topology import Slot
+from kata_shim.vm.nics import Nics
 from kata_shim.vm.spec import describe, guest_cid, topology
-from kata_shim.vm.taps import HostTaps
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
@@ -53,15 +51,12 @@ class Machine:
     def __init__(self, directory: Path, config: Config, accelerators: Path) -> None:
         """Prepare the sandbox in `directory`; `accelerators` is the file that remembers trials."""
         self._hypervisor = hypervisor = config.hypervisor
-        self._patience = hypervisor.hotplug_timeout  # seconds
-        # Of a QEMU that stands still two answers are awaited: to the plugging, and to its undoing.
-        self._answer_timeout = min(self._patience / 2, COMMAND_TIMEOUT)
         self.topology = topology(hypervisor)
         self.accelerator = ""
         self._cpu_model = hypervisor.cpu_model
         self._accelerators = accelerators
         self.console = Console()
-        self.taps = HostTaps()
+        self.nics = Nics(self, hypervisor)
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.process: Process
         self.monitor: Monitor
@@ -188,7 +183,7 @@ class Machine:
         await self.console.close()
         if hasattr(self, "process"):
             self.process.close()
-        self.taps.close()
+        self.nics.close()
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
@@ -214,87 +209,6 @@ class Machine:
             return ""
         words = [how, f"QEMU: {said}" if said else "", f"the guest's console: {heard}" if heard else ""]
         return "; ".join(word for word in words if word)
-
-    async def plug(self, interface: Interface, slot: Slot) -> None:
-        """Hot-plug the NIC, host and QEMU at the same time; `unplug` takes back what was done."""
-        if interface.vhost_user_socket:
-            await self._plug_vhost_user(interface, slot)
-        else:
-            await self._plug_tap(interface, slot)
-
-    async def _plug_tap(self, interface: Interface, slot: Slot) -> None:
-        vhost = not self._hypervisor.disable_vhost_net
-        with tap.open_tap(interface.device, interface.queue_pairs, vhost=vhost) as backend:
-            await together(self.taps.set_mtu(interface), self._plug(interface, slot, backend))
-
-    async def _plug_vhost_user(self, interface: Interface, slot: Slot) -> None:
-        if not self._hypervisor.shared_memory:
-            raise ShimError(
-                "failed-precondition",
-                "vhostUserSocket: the guest's memory is not shared, so the back end could not reach it;"
-                " set shared_memory = true in configuration.toml",
-            )
-        msix = await self._msix(interface)
-        with await vhost_user.find(interface.vhost_user_socket, interface.queue_pairs) as backend:
-            await self._plug(interface, slot, backend, msix=msix)
-
-    async def _plug(
-        self, interface: Interface, slot: Slot, backend: tap.Tap | vhost_user.BackEnd, *, msix: bool = True
-    ) -> None:
-        await hotplug.plug_nic(
-            self.monitor,
-            slot,
-            interface.hw_addr,
-            backend,
-            msix=msix,
-            answer_timeout=self._answer_timeout,
-            undo_timeout=self._patience,
-        )
-
-    async def _msix(self, interface: Interface) -> bool:
-        """Whether the card may have MSI-X: QEMU before 10 crashes when TCG meets vhost-user and MSI-X."""
-        without = interface.vhost_user_socket and self.accelerator == "tcg"
-        return not without or await self.monitor.version() >= (10, 0)
-
-    async def unplug(self, interface: Interface, slot: Slot) -> None:
-        """Take away the NIC and what stands behind it, if any; raises when the guest keeps it."""
-        if self.gone.done():
-            return
-        try:
-            if await self._has_lost_queues(interface):
-                await hotplug.drop_lost_tap(self.monitor, slot, timeout=self._answer_timeout)
-            await hotplug.unplug_nic(
-                self.monitor, slot, timeout=self._patience, answer_timeout=self._answer_timeout
-            )
-        except ShimError as error:
-            raise await self.explain(error) from None
-
-    async def _has_lost_queues(self, interface: Interface) -> bool:
-        if interface.vhost_user_socket or interface.queue_pairs < 2:
-            return False
-        return await self.taps.find(interface) is None
-
-    async def introduce(self, interface: Interface, slot: Slot) -> None:
-        """Hot-plug the NIC, and have the guest find it and bring it to what `interface` says.
-
-        The guest is asked first: its agent is to wait for the NIC already when its kernel is busy with it.
-        """
-        found = asyncio.create_task(self.configure(interface, slot))
-        try:
-            await self.plug(interface, slot)
-            msix = await self._msix(interface)
-            await hotplug.keep_plugged(
-                self.monitor, slot, interface.hw_addr, interface.queue_pairs, found, msix=msix
-            )
-        except ShimError as error:
-            raise await self.explain(error) from None
-        finally:
-            found.cancel()
-            await asyncio.gather(found, return_exceptions=True)
-
-    async def configure(self, interface: Interface, slot: Slot) -> None:
-        """Have the guest bring the NIC to what `interface` says; waits for the NIC to appear."""
-        await self.agent.update_interface(interface, slot.path, self._patience)
 
     @asynccontextmanager
     async def _dead_unless_whole(self) -> AsyncIterator[None]:
@@ -416,13 +330,3 @@ class Machine:
             async with self.monitor.events("SHUTDOWN") as events:
                 data = (await events.next())["data"]
                 self._reason = str(data["reason"]) if isinstance(data, dict) else ""
-
-
-async def together(*works: Coroutine[Any, Any, None]) -> None:
-    """Run all to their end; the first failure cancels the others, waits for their undo, and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for work in works:
-                group.create_task(work)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
