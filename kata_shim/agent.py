@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import TypeVar
@@ -149,6 +149,45 @@ class Agent:
         answer = _as(await self._call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes)
         self._over_gateways = [route for route in routes if route.gateway]
         return _from_routes(answer)
+
+    async def netlink(self, protocol: int, messages: Sequence[bytes], most: int) -> list[bytes]:
+        """Send netlink messages to the guest's kernel, each after the one before; return the answers.
+
+        They are whole messages, at most `most` bytes together, and the guest's: not to be trusted. Raises
+        ShimError, `failed-precondition` for a guest with another agent.
+        """
+        request = guest_pb2.RelayNetlinkRequest(protocol=protocol, messages=messages)
+        return await self._relayed("RelayNetlink", request, most)
+
+    async def read_table(self, name: str, most: int) -> bytes:
+        """Return what the guest's /proc/net/`name` says, at most `most` bytes; else as `netlink`."""
+        return b"".join(await self._relayed("ReadTable", guest_pb2.ReadTableRequest(name=name), most))
+
+    async def count_table(self, name: str) -> int:
+        """Return how many lines the guest's /proc/net/`name` has, 0 where it has no such file."""
+        answer = await self._ours("CountTable", guest_pb2.CountTableRequest(name=name))
+        if answer is None:
+            raise _other_agent("CountTable")
+        return _as(answer, guest_pb2.CountTableResponse).lines
+
+    async def _relayed(
+        self, method: str, request: guest_pb2.RelayNetlinkRequest | guest_pb2.ReadTableRequest, most: int
+    ) -> list[bytes]:
+        pieces: list[bytes] = []
+        while True:
+            answer = await self._ours(method, request)
+            if answer is None:
+                raise _other_agent(method)
+            answer = _as(answer, guest_pb2.RelayResponse)
+            pieces.append(answer.data)
+            most -= len(answer.data)
+            if most < 0:
+                raise ShimError(
+                    "data-loss", f"{method}: the guest's kernel says more than it can have to say"
+                )
+            if not answer.relay_id:
+                return pieces
+            request = type(request)(relay_id=answer.relay_id)
 
     # A guest with the Kata project's own agent has no service kata_shim.Guest; its routes change as a set.
 
@@ -338,6 +377,12 @@ def _privileged_vsock(cid: int) -> socket.socket:
                 raise
     text = f"all {VSOCK_RESERVED} vsock ports that only root may use are in use on this host"
     raise ShimError("resource-exhausted", text)
+
+
+def _other_agent(method: str) -> ShimError:
+    return ShimError(
+        "failed-precondition", f"the agent of this guest is not this project's: it has no {method}"
+    )
 
 
 def _is_listed(route: Route) -> bool:

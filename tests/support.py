@@ -89,6 +89,18 @@ class Guest:
         text = value if isinstance(value, str) else json.dumps(value)
         return self.runtime("kata-network", command, self.id, "-", stdin=text)
 
+    def ipvsadm(self, parameters: str) -> Result:
+        """Run kata-ipvs ipvsadm with these parameters."""
+        return self.runtime("kata-ipvs", "ipvsadm", "--parameters", parameters, self.id)
+
+    def restore(self, rules: str) -> Result:
+        """Run kata-ipvs ipvsadm --restore with these rules as its stdin."""
+        return self.runtime("kata-ipvs", "ipvsadm", "--restore", "-", self.id, stdin=rules)
+
+    def cleanup(self, parameters: str) -> Result:
+        """Run kata-ipvs cleanup with these parameters."""
+        return self.runtime("kata-ipvs", "cleanup", "--parameters", parameters, self.id)
+
     def run(self, *argv: str, stdin: bytes = b"") -> Result:
         """Run a command in the guest."""
         return self.runtime("exec", self.id, "--", *argv, stdin=stdin)

@@ -26,7 +26,7 @@ def read(path: str) -> bytes:
     for a file that cannot be read.
     """
     name = "stdin" if path == "-" else path
-    data = _read_bounded(path, name)
+    data = read_bounded(path, name)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -43,7 +43,8 @@ def read(path: str) -> bytes:
     return text.translate({10: " ", 13: " "}).strip(_BLANK).encode()
 
 
-def _read_bounded(path: str, name: str) -> bytes:
+def read_bounded(path: str, name: str) -> bytes:
+    """Return what is in a file, or in stdin for `-`; raises ShimError beyond MAX_SIZE bytes, OSError."""
     descriptor = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     data = b""
     try:

@@ -90,6 +90,18 @@ COMMANDS = {
         words=(0, None),
         on_failure=b"null\n",
     ),
+    "kata-ipvs": Command(
+        "ipvs:ipvs",
+        "COMMAND ID",
+        """IPVS rules of a running sandbox, in ipvsadm's language
+  ipvsadm --parameters "RULE" ID   do what one of ipvsadm's command lines says
+  ipvsadm --restore FILE|- ID      make the rules of a file the table, which must be empty
+  cleanup --parameters "--orig-dst IP --protonum tcp|udp" ID
+                                   delete conntrack entries""",
+        flags={"--parameters": True, "--restore": True},
+        words=(0, None),
+        on_failure=b"null\n",
+    ),
     "kata-check": Command(
         "check:check",
         "[--json] [--config FILE]",
@@ -189,7 +201,7 @@ def _find_command(tokens: list[str]) -> tuple[str, list[str], str]:
     name, rest = tokens[position], tokens[position + 1 :]
     if name != "help" and name not in COMMANDS:
         raise UsageError(f"{name}: unknown command")
-    if name == "kata-network" and rest[:1] == ["help"]:
+    if name in ("kata-network", "kata-ipvs") and rest[:1] == ["help"]:
         return "help", [name], root
     return name, rest, root
 

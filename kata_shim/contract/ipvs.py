@@ -85,6 +85,13 @@ _CLEANUP = Table((Option("orig-dst", "d", NEEDED), Option("protonum", "p", NEEDE
 Options = dict[str, str]
 
 
+class Rule(NamedTuple):
+    """A rule of a file, and the line it stands on."""
+
+    line: int
+    command: Command
+
+
 class Cleanup(NamedTuple):
     """Which conntrack entries to delete: those first sent to `address`, 4 or 16 bytes, by TCP or UDP."""
 
@@ -97,12 +104,12 @@ def parse_parameters(text: str) -> Command:
     return _parse(text.split(), MASQUERADING)
 
 
-def parse_rules(text: str) -> list[Command]:
+def parse_rules(text: str) -> list[Rule]:
     """Return the rules of a file to restore, services and servers; raises ShimError with `line`.
 
     Blank lines and those that begin with `#` are none; a line may begin with the word ipvsadm.
     """
-    commands = []
+    rules: list[Rule] = []
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
@@ -110,12 +117,12 @@ def parse_rules(text: str) -> list[Command]:
         if words[0] == "ipvsadm":
             del words[0]
         try:
-            commands.append(_parse_rule(words))
-            if len(commands) > MAX_RULES:
+            rules.append(Rule(number, _parse_rule(words)))
+            if len(rules) > MAX_RULES:
                 raise invalid(f"more than {MAX_RULES} rules, services and servers, which is the limit")
         except ShimError as error:
             raise invalid(f"line {number}: {error.message}", line=number) from None
-    return commands
+    return rules
 
 
 def parse_cleanup(text: str) -> Cleanup:

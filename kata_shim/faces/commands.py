@@ -18,6 +18,8 @@ from kata_shim.contract.interface import (
 )
 from kata_shim.contract.route import parse_match, parse_route, parse_routes, render_route
 from kata_shim.errors import invalid
+from kata_shim.faces import ipvs
+from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
 from kata_shim.sandbox.sandbox import Sandbox
 
@@ -43,6 +45,7 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
         "kata-network.del-route": commands.del_route,
         "kata-network.list-routes": commands.list_routes,
         "kata-network.update-routes": commands.update_routes,
+        **ipvs.methods(sandbox),
     }
 
 
@@ -54,7 +57,7 @@ class _Commands:
         return None
 
     async def start(self, call: Call) -> object:
-        config = _field(call, "config", str, "")
+        config = field(call, "config", str, "")
 
         async def step(text: str) -> None:
             await call.progress({"step": text})
@@ -75,11 +78,11 @@ class _Commands:
         return None
 
     async def delete(self, call: Call) -> object:
-        await self._sandbox.delete(force=_field(call, "force", bool, False))
+        await self._sandbox.delete(force=field(call, "force", bool, False))
         return None
 
     async def exec(self, call: Call) -> object:
-        argv, env = _field(call, "argv", list, []), _field(call, "env", dict, {})
+        argv, env = field(call, "argv", list, []), field(call, "env", dict, {})
         if not argv or not all(_is_word(word) for word in argv):
             raise invalid("argv: not an array of one or more strings without NUL")
         if not all(_is_word(name) and _is_word(value) and name for name, value in env.items()):
@@ -91,8 +94,8 @@ class _Commands:
         status = await self._sandbox.exec(
             argv,
             [f"{name}={value}" for name, value in env.items()],
-            _field(call, "cwd", str, ""),
-            call.read_stdin if _field(call, "stdin", bool, True) else None,
+            field(call, "cwd", str, ""),
+            call.read_stdin if field(call, "stdin", bool, True) else None,
             output,
         )
         return {"exit_status": status}
@@ -153,22 +156,6 @@ def _parse(call: Call, parser: Callable[[object], tuple[_T, list[str]]]) -> _T:
     value, warnings = parser(call.params)
     call.warnings += warnings
     return value
-
-
-def _field(call: Call, name: str, kind: type[_T], default: _T) -> _T:
-    if call.params is None:
-        return default
-    if not isinstance(call.params, dict):
-        raise invalid("params: not an object")
-    value = call.params.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        raise invalid(f"{name}: not {_KINDS[kind]}")
-    return value
-
-
-_KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
 
 
 def _is_word(value: object) -> bool:

@@ -8,7 +8,6 @@ import select
 import socket
 from collections.abc import Callable
 
-from kata_shim.guest.commands import Commands
 from kata_shim.ttrpc.server import Server, ServerProtocol
 
 PORT_NAME = "agent.channel.0"
@@ -21,7 +20,8 @@ _KERNEL_GROUP = 1
 _READ = 64 * 1024  # bytes
 _UNSENT_LIMIT = 8 << 20  # bytes of answers after which no more requests are read
 
-NewServer = Callable[[Callable[[], None] | None], tuple[Server, Commands]]
+# A server, and what to call when its session has ended.
+NewServer = Callable[[Callable[[], None] | None], tuple[Server, Callable[[], None]]]
 
 
 class VirtioPort:
@@ -35,7 +35,7 @@ class VirtioPort:
         """Take over `fd`, a port opened read-write and non-blocking. Needs a running loop."""
         self._fd = fd
         self._unsent = bytearray()
-        server, self._commands = new_server(self.stand_still)
+        server, self._abandon = new_server(self.stand_still)
         self._session = server.linked_session(self._send, self._begin)
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
@@ -45,7 +45,7 @@ class VirtioPort:
     def close(self) -> None:
         """End the session and close the port."""
         self._session.cancel()
-        self._commands.abandon()
+        self._abandon()
         self._loop.remove_reader(self._epoll)
         self._epoll.close()
         os.close(self._fd)
@@ -62,7 +62,7 @@ class VirtioPort:
     def _begin(self) -> None:
         """The shim has reset the link: what belongs to the session before goes."""
         self._unsent.clear()
-        self._commands.abandon()
+        self._abandon()
 
     def _send(self, data: bytes) -> None:
         self._unsent += data
@@ -97,7 +97,7 @@ class VirtioPort:
 
 class _Connection(ServerProtocol):
     def __init__(self, new_server: NewServer) -> None:
-        server, self._commands = new_server(None)
+        server, self._abandon = new_server(None)
         super().__init__(server)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -110,7 +110,7 @@ class _Connection(ServerProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._commands.abandon()
+        self._abandon()
 
 
 def _is_root_of_host(cid: int, port: int) -> bool:

@@ -16,6 +16,7 @@ from kata_shim.guest.children import Children
 from kata_shim.guest.commands import Commands
 from kata_shim.guest.identity import Identity
 from kata_shim.guest.network import Interfaces
+from kata_shim.guest.relay import Relays
 from kata_shim.netconf import link, neighbour, route
 from kata_shim.netconf.netlink import Netlink
 from kata_shim.protos import agent_pb2, guest_pb2, health_pb2, types_pb2
@@ -37,19 +38,24 @@ class Agent:
 
     def server(
         self, stop: Callable[[], None], stand_still: Callable[[], None] | None = None
-    ) -> tuple[Server, Commands]:
-        """Return a server and its commands, to be abandoned with the session.
+    ) -> tuple[Server, Callable[[], None]]:
+        """Return a server, and what to call when its session has ended.
 
         `stop` ends the guest; `stand_still` does nothing until the channel's other end says something.
         """
-        server, commands = Server(), Commands(self.children)
+        server, commands, relays = Server(), Commands(self.children), Relays()
+
+        def abandon() -> None:
+            commands.abandon()
+            relays.abandon()
+
         for service, target in (
             (HEALTH_SERVICE, _Health()),
             (AGENT_SERVICE, _Agent(self, stop)),
-            (GUEST_SERVICE, _Guest(self, commands, stand_still)),
+            (GUEST_SERVICE, _Guest(self, commands, relays, stand_still)),
         ):
             server.register_object(service, SERVICES[service], target)
-        return server, commands
+        return server, abandon
 
 
 class _Health:
@@ -130,10 +136,14 @@ class _Agent:
 
 
 class _Guest:
-    """Service kata_shim.Guest; its commands are methods of Commands."""
+    """Service kata_shim.Guest; its commands are methods of Commands, its relays of Relays."""
 
     def __init__(
-        self, agent: Agent, commands: Commands, stand_still: Callable[[], None] | None = None
+        self,
+        agent: Agent,
+        commands: Commands,
+        relays: Relays,
+        stand_still: Callable[[], None] | None = None,
     ) -> None:
         self._netlink = agent.netlink
         self._stand_still = stand_still
@@ -144,6 +154,9 @@ class _Guest:
         self.read_output = commands.read_output
         self.wait_command = commands.wait_command
         self.kill_command = commands.kill_command
+        self.relay_netlink = relays.relay_netlink
+        self.read_table = relays.read_table
+        self.count_table = relays.count_table
 
     def stand_still(self, _: guest_pb2.StandStillRequest) -> Empty:
         if self._stand_still is not None:

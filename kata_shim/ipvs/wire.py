@@ -8,15 +8,13 @@ a WireError.
 from __future__ import annotations
 
 import struct
-import sys
-from collections.abc import Iterator
 from enum import IntEnum
 from functools import lru_cache
-from typing import NamedTuple
 
+from kata_shim.ipvs import netlink as put
 from kata_shim.ipvs.command import Command, Verb
+from kata_shim.ipvs.netlink import Fields, WireError
 from kata_shim.ipvs.rules import (
-    AF_INET,
     AF_INET6,
     GRE,
     Daemon,
@@ -32,13 +30,10 @@ from kata_shim.ipvs.rules import (
 
 FAMILY = "IPVS"
 VERSION = 1
-
-NLM_F_REQUEST = 0x1
-NLM_F_ACK = 0x4
-NLM_F_DUMP = 0x300
-NLMSG_ERROR = 2
-NLMSG_DONE = 3
-NLMSG_MIN_TYPE = 0x10
+PROTOCOL = 16  # NETLINK_GENERIC
+_CONTROL = 0x10  # GENL_ID_CTRL
+_GET_FAMILY = 3  # CTRL_CMD_GETFAMILY
+_FAMILY_ID, _FAMILY_NAME = 1, 2  # CTRL_ATTR_*
 
 
 class Op(IntEnum):
@@ -94,51 +89,15 @@ _M_STATE, _M_INTERFACE, _M_SYNCID, _M_MAXLEN, _M_GROUP, _M_GROUP6, _M_PORT, _M_T
 _I_VERSION, _I_SIZE = 1, 2
 _STATS_WIDTHS = (4, 4, 4, 8, 8, 4, 4, 4, 4, 4)
 
-_HEADER = struct.Struct("=IHHIIBBH")  # nlmsghdr; genlmsghdr: command, version, nothing
-_NETLINK = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
-_ERROR = struct.Struct("=i")
-_NESTED = 0x8000
-_TYPE_MASK = 0x3FFF
+_GENERIC = struct.Struct("=BB2x")  # genlmsghdr: command, version
 _FORWARD_MASK = 0x7
 _HASHED = 0x2  # IP_VS_SVC_F_HASHED: the kernel's own mark
-_ADDRESS_BYTES = 16
-_ORDER = sys.byteorder
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(value)
-    return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
-
-
-def _u8(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=B", value))
-
-
-def _u16(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=H", value))
-
-
-def _be16(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack(">H", value))
-
-
-def _u32(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=I", value))
-
-
-def _text(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode(errors="replace") + b"\0")
-
-
-def _address(kind: int, value: bytes) -> bytes:
-    return _attribute(kind, value.ljust(_ADDRESS_BYTES, b"\0"))
 
 
 def message(command: Command, family: int, sequence: int, flags: int = 0) -> bytes:
     """Return the message that does `command`, one of OPS; `family` is the number of FAMILY in its kernel.
 
-    `flags` come on top of NLM_F_REQUEST. Without NLM_F_ACK the kernel answers only what it refuses.
+    `flags` come on top of NLM_F_REQUEST; without NLM_F_ACK the kernel answers only what it refuses.
     """
     verb = command.verb
     body = b""
@@ -149,7 +108,7 @@ def message(command: Command, family: int, sequence: int, flags: int = 0) -> byt
         body += _server(command.server)
     elif verb is Verb.SET:
         assert command.timeouts is not None
-        body = b"".join(map(_u32, (_TIMEOUT_TCP, _TIMEOUT_FIN, _TIMEOUT_UDP), command.timeouts))
+        body = b"".join(map(put.u32, (_TIMEOUT_TCP, _TIMEOUT_FIN, _TIMEOUT_UDP), command.timeouts))
     elif command.daemon is not None:
         body = _daemon(command.daemon)
     return _message(OPS[verb], body, family, sequence, flags)
@@ -162,39 +121,44 @@ def request(operation: Op, family: int, sequence: int, key: Key | None = None) -
     """
     one = operation in (Op.GET_INFO, Op.GET_TIMEOUT) or (operation is Op.GET_SERVICE and key is not None)
     body = b"" if key is None else _key(key)
-    return _message(operation, body, family, sequence, 0 if one else NLM_F_DUMP)
+    return _message(operation, body, family, sequence, 0 if one else put.NLM_F_DUMP)
+
+
+def family_request(sequence: int) -> bytes:
+    """Return the message that asks for the number that FAMILY has in a kernel."""
+    header = _GENERIC.pack(_GET_FAMILY, 1)
+    return put.message(_CONTROL, 0, sequence, header, put.name(_FAMILY_NAME, FAMILY))
 
 
 def _message(operation: Op, body: bytes, family: int, sequence: int, flags: int) -> bytes:
-    length = _HEADER.size + len(body)
-    return _HEADER.pack(length, family, NLM_F_REQUEST | flags, sequence, 0, operation, VERSION, 0) + body
+    return put.message(family, flags, sequence, _GENERIC.pack(operation, VERSION), body)
 
 
 # A service's servers follow each other, so that few are remembered in vain.
 @lru_cache(maxsize=64)
 def _key(key: Key) -> bytes:
-    return _attribute(_SERVICE | _NESTED, _key_attributes(key))
+    return put.attribute(_SERVICE | put.NESTED, _key_attributes(key))
 
 
 def _key_attributes(key: Key) -> bytes:
     if key.fwmark:
-        return _u16(_AF, key.family) + _u32(_FWMARK, key.fwmark)
-    address, port = _address(_ADDR, key.address), _be16(_PORT, key.port)
-    return _u16(_AF, key.family) + _u16(_PROTOCOL, key.protocol) + address + port
+        return put.u16(_AF, key.family) + put.u32(_FWMARK, key.fwmark)
+    address, port = put.address(_ADDR, key.address), put.be16(_PORT, key.port)
+    return put.u16(_AF, key.family) + put.u16(_PROTOCOL, key.protocol) + address + port
 
 
 @lru_cache(maxsize=64)
 def _service_attributes(scheduler: str, flags: int, timeout: int, netmask: bytes, engine: str) -> bytes:
-    attributes = _text(_SCHED, scheduler) + (_text(_PE, engine) if engine else b"")
-    attributes += _attribute(_FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
-    return attributes + _u32(_TIMEOUT, timeout) + _attribute(_NETMASK, netmask)
+    attributes = put.name(_SCHED, scheduler) + (put.name(_PE, engine) if engine else b"")
+    attributes += put.attribute(_FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
+    return attributes + put.u32(_TIMEOUT, timeout) + put.attribute(_NETMASK, netmask)
 
 
 def _service(service: Service) -> bytes:
     key, scheduler, flags, timeout, netmask, engine = service
     mask = struct.pack("=I" if key.family == AF_INET6 else ">I", netmask)
     options = _service_attributes(scheduler, flags, timeout, mask, engine)
-    return _attribute(_SERVICE | _NESTED, _key_attributes(key) + options)
+    return put.attribute(_SERVICE | put.NESTED, _key_attributes(key) + options)
 
 
 # A server's attributes by their headers and values; the pads make each a multiple of four bytes.
@@ -205,7 +169,7 @@ _SERVER_LENGTH = _SERVER_ATTRIBUTES.size
 def _server(server: Server) -> bytes:
     family, address, port, forward, weight, upper, lower, tunnel, tunnel_port, tunnel_flags = server
     return _SERVER_ATTRIBUTES.pack(
-        _SERVER_LENGTH, _DEST | _NESTED,
+        _SERVER_LENGTH, _DEST | put.NESTED,
         6, _D_AF, family,
         20, _D_ADDR, address,
         6, _D_PORT, port.to_bytes(2, "big"),
@@ -220,63 +184,27 @@ def _server(server: Server) -> bytes:
 
 
 def _daemon(daemon: Daemon) -> bytes:
-    attributes = _u32(_M_STATE, daemon.state) + _text(_M_INTERFACE, daemon.interface)
-    attributes += _u32(_M_SYNCID, daemon.syncid)
+    attributes = put.u32(_M_STATE, daemon.state) + put.name(_M_INTERFACE, daemon.interface)
+    attributes += put.u32(_M_SYNCID, daemon.syncid)
     if daemon.maxlen:
-        attributes += _u16(_M_MAXLEN, daemon.maxlen)
+        attributes += put.u16(_M_MAXLEN, daemon.maxlen)
     if daemon.port:
-        attributes += _u16(_M_PORT, daemon.port)
+        attributes += put.u16(_M_PORT, daemon.port)
     if daemon.ttl:
-        attributes += _u8(_M_TTL, daemon.ttl)
+        attributes += put.u8(_M_TTL, daemon.ttl)
     if daemon.group:
-        attributes += _attribute(_M_GROUP if len(daemon.group) == 4 else _M_GROUP6, daemon.group)
-    return _attribute(_DAEMON | _NESTED, attributes)
+        attributes += put.attribute(_M_GROUP if len(daemon.group) == 4 else _M_GROUP6, daemon.group)
+    return put.attribute(_DAEMON | put.NESTED, attributes)
 
 
-class WireError(Exception):
-    """Bytes that no kernel sends; the text says which and why."""
-
-
-class Answer(NamedTuple):
-    """One message of an answer: `kind` NLMSG_ERROR (`errno` 0: done), NLMSG_DONE, or the family's number."""
-
-    kind: int
-    sequence: int
-    errno: int
-    operation: int
-    body: memoryview
-
-
-def read(data: bytes | bytearray | memoryview) -> Iterator[Answer]:
-    """Yield the messages that `data` consists of; raises WireError."""
-    view = memoryview(data)
-    while view:
-        if len(view) < _NETLINK.size:
-            raise WireError(f"{len(view)} bytes are no netlink message")
-        length, kind, _, sequence, _ = _NETLINK.unpack_from(view)
-        if not _NETLINK.size <= length <= len(view):
-            raise WireError(f"a netlink message of {length} bytes, of which {len(view)} are there")
-        yield _answer(kind, sequence, view[_NETLINK.size : length])
-        view = view[length + -length % 4 :]
-
-
-def _answer(kind: int, sequence: int, body: memoryview) -> Answer:
-    if kind in (NLMSG_ERROR, NLMSG_DONE):
-        # The kernel's version of NLMSG_DONE has a number, too: that of a dump that failed.
-        errno = -_ERROR.unpack_from(body)[0] if len(body) >= _ERROR.size else 0
-        if kind == NLMSG_ERROR and len(body) < _ERROR.size:
-            raise WireError(f"an error of {len(body)} bytes")
-        if not 0 <= errno < 4096:  # MAX_ERRNO, include/linux/err.h
-            raise WireError(f"error number {errno}")
-        return Answer(kind, sequence, errno, 0, body)
-    if kind < NLMSG_MIN_TYPE or len(body) < 4:
-        raise WireError(f"a message of type {kind} and {len(body)} bytes")
-    return Answer(kind, sequence, 0, body[0], body[4:])
+def read_family(body: memoryview) -> int:
+    """Return the number that an answer to `family_request` tells; raises WireError."""
+    return Fields(body).u16(_FAMILY_ID)
 
 
 def read_service(body: memoryview) -> ServiceState:
     """Return the service that one answer to GET_SERVICE tells of; raises WireError."""
-    fields = _Fields(_Fields(body).nested(_SERVICE))
+    fields = Fields(Fields(body).nested(_SERVICE))
     family = fields.family(_AF)
     if _FWMARK in fields:
         key = Key(family, fwmark=fields.u32(_FWMARK))
@@ -289,12 +217,12 @@ def read_service(body: memoryview) -> ServiceState:
     service = Service(
         key, fields.text(_SCHED), flags & mask & ~_HASHED, fields.u32(_TIMEOUT), netmask, engine
     )
-    return ServiceState(service, (), fields.stats(_STATS64, _STATS))
+    return ServiceState(service, (), _stats(fields, _STATS64, _STATS))
 
 
 def read_server(body: memoryview, family: int) -> ServerState:
     """Return the server that one answer to GET_DEST tells of, of a service of `family`; raises WireError."""
-    fields = _Fields(_Fields(body).nested(_DEST))
+    fields = Fields(Fields(body).nested(_DEST))
     own = fields.family(_D_AF) if _D_AF in fields else family
     tunnel = fields.u8(_D_TUNNEL) if _D_TUNNEL in fields else 0
     if tunnel > GRE:
@@ -312,17 +240,17 @@ def read_server(body: memoryview, family: int) -> ServerState:
         fields.u16(_D_TUNNEL_FLAGS) if _D_TUNNEL_FLAGS in fields else 0,
     )
     connections = (fields.u32(_D_ACTIVE), fields.u32(_D_INACTIVE), fields.u32(_D_PERSISTENT))
-    return ServerState(server, *connections, fields.stats(_D_STATS64, _D_STATS))
+    return ServerState(server, *connections, _stats(fields, _D_STATS64, _D_STATS))
 
 
 def read_daemon(body: memoryview) -> Daemon:
     """Return the daemon that one answer to GET_DAEMON tells of; raises WireError."""
-    fields = _Fields(_Fields(body).nested(_DAEMON))
+    fields = Fields(Fields(body).nested(_DAEMON))
     group = b""
     if _M_GROUP in fields:
         group = fields.value(_M_GROUP, 4)
     elif _M_GROUP6 in fields:
-        group = fields.value(_M_GROUP6, _ADDRESS_BYTES)
+        group = fields.value(_M_GROUP6, put.ADDRESS_BYTES)
     return Daemon(
         fields.u32(_M_STATE),
         fields.text(_M_INTERFACE),
@@ -336,84 +264,23 @@ def read_daemon(body: memoryview) -> Daemon:
 
 def read_timeouts(body: memoryview) -> Timeouts:
     """Return what an answer to GET_TIMEOUT tells; a protocol the kernel lacks has 0. Raises WireError."""
-    fields = _Fields(body)
+    fields = Fields(body)
     kinds = (_TIMEOUT_TCP, _TIMEOUT_FIN, _TIMEOUT_UDP)
     return Timeouts(*(fields.u32(kind) if kind in fields else 0 for kind in kinds))
 
 
 def read_info(body: memoryview) -> Info:
     """Return what an answer to GET_INFO tells; raises WireError."""
-    fields = _Fields(body)
+    fields = Fields(body)
     version = fields.u32(_I_VERSION)
     return Info((version >> 16 & 0xFF, version >> 8 & 0xFF, version & 0xFF), fields.u32(_I_SIZE))
 
 
-class _Fields:
-    """The attributes of one level, by their numbers; the last of a kind counts, as in the kernel."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._values: dict[int, memoryview] = {}
-        while len(view) >= _ATTRIBUTE.size:
-            length, kind = _ATTRIBUTE.unpack_from(view)
-            if not _ATTRIBUTE.size <= length <= len(view):
-                raise WireError(
-                    f"attribute {kind & _TYPE_MASK} of {length} bytes, of which {len(view)} are there"
-                )
-            self._values[kind & _TYPE_MASK] = view[_ATTRIBUTE.size : length]
-            view = view[length + -length % 4 :]
-
-    def __contains__(self, kind: int) -> bool:
-        return kind in self._values
-
-    def nested(self, kind: int) -> memoryview:
-        """Return what is within attribute `kind`; raises WireError, as all here."""
-        if kind not in self._values:
-            raise WireError(f"attribute {kind} is missing")
-        return self._values[kind]
-
-    def value(self, kind: int, length: int) -> bytes:
-        """Return the first `length` bytes."""
-        value = self.nested(kind)
-        if len(value) < length:
-            raise WireError(f"attribute {kind} has {len(value)} bytes, not {length}")
-        return bytes(value[:length])
-
-    def u8(self, kind: int) -> int:
-        return self.value(kind, 1)[0]
-
-    def u16(self, kind: int) -> int:
-        return int.from_bytes(self.value(kind, 2), _ORDER)
-
-    def u32(self, kind: int) -> int:
-        return int.from_bytes(self.value(kind, 4), _ORDER)
-
-    def be16(self, kind: int) -> int:
-        return int.from_bytes(self.value(kind, 2), "big")
-
-    def be32(self, kind: int) -> int:
-        return int.from_bytes(self.value(kind, 4), "big")
-
-    def text(self, kind: int) -> str:
-        """Return a name: printable, without white space, as all that a kernel has."""
-        text = bytes(self.nested(kind)).partition(b"\0")[0].decode(errors="replace")
-        if len(text) > 16 or not text.isprintable() or " " in text:
-            raise WireError(f"attribute {kind} is no name: {text[:32]!r}")
-        return text
-
-    def family(self, kind: int) -> int:
-        family = self.u16(kind)
-        if family not in (AF_INET, AF_INET6):
-            raise WireError(f"address family {family}")
-        return family
-
-    def address(self, kind: int, family: int) -> bytes:
-        return self.value(kind, 4 if family == AF_INET else _ADDRESS_BYTES)
-
-    def stats(self, wide: int, narrow: int) -> Stats:
-        """Return the statistics in 64 bits each, or as kernels before 4.1 have them, or none."""
-        kind = wide if wide in self else narrow
-        if kind not in self:
-            return Stats()
-        widths = (8,) * len(_STATS_WIDTHS) if kind == wide else _STATS_WIDTHS
-        values = _Fields(self.nested(kind))
-        return Stats(*(int.from_bytes(values.value(at, width), _ORDER) for at, width in enumerate(widths, 1)))
+def _stats(fields: Fields, wide: int, narrow: int) -> Stats:
+    """Return the statistics in 64 bits each, or as kernels before 4.1 have them, or none."""
+    kind = wide if wide in fields else narrow
+    if kind not in fields:
+        return Stats()
+    widths = (8,) * len(_STATS_WIDTHS) if kind == wide else _STATS_WIDTHS
+    values = Fields(fields.nested(kind))
+    return Stats(*(values.number(at, width) for at, width in enumerate(widths, 1)))

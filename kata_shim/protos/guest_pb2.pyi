@@ -120,3 +120,41 @@ class KillCommandRequest(_message.Message):
     command_id: int
     signal: int
     def __init__(self, command_id: _Optional[int] = ..., signal: _Optional[int] = ...) -> None: ...
+
+class RelayNetlinkRequest(_message.Message):
+    __slots__ = ("protocol", "messages", "relay_id")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    RELAY_ID_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    messages: _containers.RepeatedScalarFieldContainer[bytes]
+    relay_id: int
+    def __init__(self, protocol: _Optional[int] = ..., messages: _Optional[_Iterable[bytes]] = ..., relay_id: _Optional[int] = ...) -> None: ...
+
+class ReadTableRequest(_message.Message):
+    __slots__ = ("name", "relay_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RELAY_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    relay_id: int
+    def __init__(self, name: _Optional[str] = ..., relay_id: _Optional[int] = ...) -> None: ...
+
+class RelayResponse(_message.Message):
+    __slots__ = ("data", "relay_id")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    RELAY_ID_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    relay_id: int
+    def __init__(self, data: _Optional[bytes] = ..., relay_id: _Optional[int] = ...) -> None: ...
+
+class CountTableRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class CountTableResponse(_message.Message):
+    __slots__ = ("lines",)
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    lines: int
+    def __init__(self, lines: _Optional[int] = ...) -> None: ...

@@ -18,6 +18,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "start": frozenset({"creating"}),
     "exec": frozenset({"running"}),
     "network": frozenset({"running"}),
+    "ipvs": frozenset({"running"}),
     "delete": frozenset(STATES),
 }
 

@@ -20,6 +20,7 @@ from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
+from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
@@ -45,6 +46,7 @@ class Sandbox:
         self._accelerators = root / "accelerator.json"
         self._machine: Machine | None = None
         self._network: Network | None = None
+        self._ipvs: Ipvs | None = None
         self._trouble: ShimError | None = None  # why a QEMU that runs could not be taken over
         self._starting = False
         self._asked = asyncio.Event()
@@ -167,7 +169,8 @@ class Sandbox:
             raise ShimError("not-found", f"QEMU ended while no shim watched: {machine.cause()}") from None
         self._run(machine)
         assert self._network is not None
-        await self._network.reconcile()
+        assert self._ipvs is not None
+        await asyncio.gather(self._network.reconcile(), self._ipvs.reconcile())
         await self._file.save()
         log.info("took the sandbox over", pid=self.record.pid)
 
@@ -177,6 +180,7 @@ class Sandbox:
 
     def _run(self, machine: Machine) -> None:
         self._network = Network(machine, self.record, self._file, self._devices, self.announce)
+        self._ipvs = Ipvs(machine.agent, self.directory / "restoring-ipvs")
         self.lifecycle.state = "running"
         self._spawn(self._watch_machine(machine))
         self.announce("state", state="running")
@@ -270,6 +274,13 @@ class Sandbox:
         self.lifecycle.require("network")
         assert self._network is not None
         return self._network
+
+    async def ipvs(self) -> Ipvs:
+        """Return kata-ipvs's operations; raises ShimError `failed-precondition` unless it runs."""
+        await self.ready()
+        self.lifecycle.require("ipvs")
+        assert self._ipvs is not None
+        return self._ipvs
 
     async def exec(
         self,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata_shim.contract.ipvs import MAX_RULES, Cleanup, parse_cleanup, parse_parameters, parse_rules
+from kata_shim.contract.ipvs import MAX_RULES, Cleanup, Rule, parse_cleanup, parse_parameters, parse_rules
 from kata_shim.errors import ShimError
 from kata_shim.ipvs.command import Command, Verb
 from kata_shim.ipvs.rules import (
@@ -205,10 +205,10 @@ def test_the_rules_of_the_how_to_are_read() -> None:
     key = Key(AF_INET, TCP, bytes((10, 10, 11, 12)), 100)
     back = Server(AF_INET, bytes((172, 16, 0, 1)), 80, MASQUERADING)
     assert parse_rules(text) == [
-        Command(Verb.ADD_SERVICE, service(key)),
-        Command(Verb.ADD_SERVER, Service(key), back),
+        Rule(1, Command(Verb.ADD_SERVICE, service(key))),
+        Rule(2, Command(Verb.ADD_SERVER, Service(key), back)),
         # Restored rules have ipvsadm's own default, and with it the service's port.
-        Command(Verb.ADD_SERVER, Service(key), back._replace(port=100, forward=GATEWAYING)),
+        Rule(5, Command(Verb.ADD_SERVER, Service(key), back._replace(port=100, forward=GATEWAYING))),
     ]
 
 

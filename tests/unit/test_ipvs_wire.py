@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata_shim.ipvs import wire
+from kata_shim.ipvs import netlink, wire
 from kata_shim.ipvs.command import Command, Verb
+from kata_shim.ipvs.netlink import Answer, WireError
 from kata_shim.ipvs.rules import (
     AF_INET,
     AF_INET6,
@@ -32,7 +33,7 @@ from kata_shim.ipvs.rules import (
     Stats,
     Timeouts,
 )
-from kata_shim.ipvs.wire import Op, WireError
+from kata_shim.ipvs.wire import Op
 
 pytestmark = pytest.mark.quick
 
@@ -83,8 +84,8 @@ servers = st.builds(
 )
 
 
-def only(data: bytes) -> wire.Answer:
-    (answer,) = wire.read(data)
+def only(data: bytes) -> Answer:
+    (answer,) = netlink.read(data)
     return answer
 
 
@@ -118,7 +119,7 @@ def test_a_server_comes_back_as_it_was(key: Key, server: Server) -> None:
 
 
 def test_messages_have_the_kernels_bytes() -> None:
-    add = wire.message(Command(Verb.ADD_SERVICE, Service(WEB, "rr", 1, 3000)), FAMILY, 7, wire.NLM_F_ACK)
+    add = wire.message(Command(Verb.ADD_SERVICE, Service(WEB, "rr", 1, 3000)), FAMILY, 7, netlink.NLM_F_ACK)
     assert add == bytes.fromhex(
         "68000000 2000 0500 07000000 00000000 01 01 0000"
         "5400 0180 0600 0100 0200 0000 0600 0200 0600 0000 1400 0300 0a000001 000000000000000000000000"
@@ -206,7 +207,7 @@ def test_what_ends_an_answer_is_read(data: str, kind: int, errno: int) -> None:
 )
 def test_bytes_that_no_kernel_sends_are_refused(data: str, text: str) -> None:
     with pytest.raises(WireError) as caught:
-        list(wire.read(bytes.fromhex(data)))
+        list(netlink.read(bytes.fromhex(data)))
     assert str(caught.value) == text
 
 
@@ -257,7 +258,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 @given(st.binary(max_size=200) | damaged())
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     with suppress(WireError):
-        for answer in wire.read(data):
+        for answer in netlink.read(data):
             for reader in READERS:
                 with suppress(WireError):
                     reader(answer.body)
