@@ -9,12 +9,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import orjson
 
 from kata_shim import log
+from kata_shim.config import find_config, load
 from kata_shim.contract.ids import check_id
 from kata_shim.errors import ShimError
 from kata_shim.faces.commands import methods
@@ -139,6 +141,8 @@ def _zygote(listen_fd: int) -> int:
     importlib.import_module("concurrent.futures.thread")  # imported else by the first asyncio.to_thread
     os.set_inheritable(listen_fd, False)
     asyncio.run(_rehearse())
+    with suppress(ShimError):  # the shims will tell their callers
+        load(find_config(None))  # the regular expressions in it are compiled once, for all shims
     zygote.serve(socket.socket(fileno=listen_fd), main)
 
 

@@ -61,9 +61,10 @@ def serve(listener: socket.socket, run: Run) -> NoReturn:
     likeness.reset_signals()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps our children
-    # As we are already: a kernel that cannot do this is told of now.
+    # As we are already: a kernel that cannot do this is told of now. And what the interpreter remembers of
+    # the first time, such as which class counts as which, is in no shim's own memory.
     words = [os.fsencode(word) for word in sys.orig_argv]
-    likeness.rename(words[0], words, os.environb)
+    _become(os.getpid(), _Request(words, dict(os.environb)))
     own = _Self(os.getpid(), _stamps())
     gc.collect()
     gc.freeze()
@@ -146,13 +147,17 @@ def _prepare(connection: socket.socket, zygote: _Self) -> _Request:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _become(caller, request)
+    return request
+
+
+def _become(caller: int, request: _Request) -> None:
     likeness.become(caller)
     os.chdir("/")
     os.environb.clear()
     os.environb.update(request.environment)
     time.tzset()
     likeness.rename(request.command[0], request.command, request.environment)
-    return request
 
 
 def _require_up_to_date(zygote: _Self) -> None:
