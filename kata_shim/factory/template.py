@@ -1,7 +1,7 @@
 """Templates: guests that were booted once and saved; a clone maps the memory privately and shares its pages.
 
     <template_path>/           a tmpfs, 0700; locked (flock) by the one who makes a template, or clears them
-        <fingerprint>/         memory  state  template.json (what it was made of, for those who clear)
+        <fingerprint>/         memory  state  template.json (what it was made of, and how long that took)
         .new-…/                one that is being made, or whose maker or remover was killed
         failed                 when and why the last making failed, for those who waited for it
 
@@ -12,7 +12,6 @@ another name, and the old one is cleared by the maker of the next.
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import hashlib
 import os
@@ -32,6 +31,7 @@ import orjson
 from kata_shim import __version__, log
 from kata_shim.errors import ShimError
 from kata_shim.factory import tmpfs
+from kata_shim.factory.copying import copied
 from kata_shim.qemu import cmdline
 from kata_shim.qemu.cmdline import MachineSpec
 from kata_shim.qemu.monitor import run_to_end
@@ -91,13 +91,17 @@ class Templates:
         """Open the template of this identity for a clone; None when there is none.
 
         The open files stay valid whatever becomes of the directory. For a `shared` clone the memory is a copy
-        of its own. Raises ShimError, `permission-denied` when somebody else could have put it there.
+        of its own. Raises ShimError, `permission-denied` when somebody else could have put it there, and
+        `aborted` when a boot is faster than the copy.
         """
         with ExitStack() as closing:
             with self._in_words():
                 saved = self._open(identity, closing, shared=shared)
                 if saved is not None and shared:
-                    saved = await run_to_end(asyncio.to_thread(_copied, saved, closing))
+                    boot = _seconds_to_boot(self.path / identity.fingerprint)
+                    memory = await run_to_end(asyncio.to_thread(copied, saved.memory, boot))
+                    closing.callback(os.close, memory)
+                    saved = saved._replace(memory=memory)
             yield saved
 
     def _open(self, identity: Identity, closing: ExitStack, *, shared: bool) -> Saved | None:
@@ -174,8 +178,9 @@ class Templates:
         try:
             (directory / "memory").touch(0o600)
             os.truncate(directory / "memory", memory * MIB)
+            began = time.monotonic()
             await make(directory)
-            _seal(directory, identity)
+            _seal(directory, identity, time.monotonic() - began)
             os.rename(directory, self.path / identity.fingerprint)
         except BaseException:
             shutil.rmtree(directory)
@@ -288,12 +293,21 @@ class Templates:
             raise ShimError("failed-precondition", f"template_path: {where}: {error.strerror}") from None
 
 
-def _seal(directory: Path, identity: Identity) -> None:
-    """Keep the template's own files, and say what it was made of."""
+def _seal(directory: Path, identity: Identity, seconds: float) -> None:
+    """Keep the template's own files, and say what it was made of and how long that took."""
     for entry in list(directory.iterdir()):
         if entry.name not in ("memory", "state"):
             entry.unlink()
-    (directory / _INFORMATION).write_bytes(orjson.dumps({"files": identity.files}))
+    information = {"files": identity.files, "seconds": round(seconds, 3)}
+    (directory / _INFORMATION).write_bytes(orjson.dumps(information))
+
+
+def _seconds_to_boot(directory: Path) -> float:
+    """Return how long it took to boot the template; no time at all where that cannot be read."""
+    try:
+        return float(orjson.loads((directory / _INFORMATION).read_bytes())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _is_outdated(directory: Path) -> bool:
@@ -302,42 +316,3 @@ def _is_outdated(directory: Path) -> bool:
         return any(_mark(path) != mark for path, mark in files.items())
     except (OSError, ShimError, ValueError, KeyError):
         return True
-
-
-def _copied(saved: Saved, closing: ExitStack) -> Saved:
-    """Return the same with its memory copied to a memfd, which `closing` closes."""
-    began = time.monotonic()
-    memory = _copy(saved.memory)
-    closing.callback(os.close, memory)
-    log.info("the template's memory is copied", seconds=round(time.monotonic() - began, 3))
-    return saved._replace(memory=memory)
-
-
-def _copy(memory: int) -> int:
-    """Return a memfd with the same content, holes left out."""
-    size = os.fstat(memory).st_size
-    copy = os.memfd_create("kata-shim-clone", os.MFD_CLOEXEC)
-    try:
-        os.truncate(copy, size)
-        for begin, end in _extents(memory):
-            os.lseek(copy, begin, os.SEEK_SET)
-            while begin < end:
-                begin += os.sendfile(copy, memory, begin, end - begin)
-        return copy
-    except BaseException:
-        os.close(copy)
-        raise
-
-
-def _extents(file: int) -> Iterator[tuple[int, int]]:
-    """Yield where a sparse file has data."""
-    end = 0
-    while True:
-        try:
-            begin = os.lseek(file, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no more
-                return
-            raise
-        end = os.lseek(file, begin, os.SEEK_HOLE)
-        yield begin, end

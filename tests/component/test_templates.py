@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kata_shim.errors import ShimError
+from kata_shim.factory import copying
 from kata_shim.factory.template import Identity, Templates, identify
 from kata_shim.qemu.cmdline import MachineSpec
 from kata_shim.qemu.topology import Topology
@@ -40,6 +42,28 @@ async def made(directory: Path) -> None:
     """Fill the directory as QEMU would."""
     (directory / "state").write_bytes(b"state")
     (directory / "qemu.log").touch()
+
+
+async def made_with_memory(directory: Path) -> None:
+    """As `made`, with 20 MiB that the guest has touched."""
+    await made(directory)
+    fill(directory / "memory", {0: bytes(20 * MIB)})
+
+
+def fill(memory: Path, written: dict[int, bytes]) -> None:
+    """Write into the guest's memory, as a guest would."""
+    with memory.open("r+b") as file:
+        for place, data in written.items():
+            file.seek(place)
+            file.write(data)
+
+
+def booted_in(path: Path, seconds: float) -> None:
+    """Have the template say that it took so long to boot it."""
+    information = path / IDENTITY.fingerprint / "template.json"
+    told = json.loads(information.read_text())
+    assert told["seconds"] >= 0
+    information.write_text(json.dumps({**told, "seconds": seconds}))
 
 
 async def failing(_directory: Path) -> None:
@@ -91,6 +115,50 @@ async def test_made_found_and_cleared(path: Path) -> None:
     await templates.clear()
     shutil.rmtree(path)
     await templates.clear()
+
+
+async def test_a_copy_of_the_memory(path: Path) -> None:
+    """Content and holes alike, and larger than what is copied at a time."""
+    written = {0: b"begin", 9 * MIB: os.urandom(20 * MIB), 62 * MIB: b"end"}
+
+    async def make(directory: Path) -> None:
+        await made(directory)
+        fill(directory / "memory", written)
+
+    templates = Templates(path)
+    assert await templates.make(IDENTITY, 64, make, wait=0)
+    booted_in(path, 60.0)
+    async with templates.open(IDENTITY, shared=True) as saved:
+        assert saved is not None
+        template = path / IDENTITY.fingerprint / "memory"
+        assert os.pread(saved.memory, 65 * MIB, 0) == template.read_bytes()
+        ours, its = os.fstat(saved.memory), os.stat(template)
+        assert ours.st_blocks == its.st_blocks < 32 * MIB // 512
+        assert not os.path.samestat(ours, its)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(saved.memory)
+
+
+async def test_a_boot_that_is_faster_than_a_copy(path: Path) -> None:
+    templates = Templates(path)
+    assert await templates.make(IDENTITY, 64, made_with_memory, wait=0)
+    booted_in(path, 0.001)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ShimError, match=r"a copy of its 20 MiB takes \d+\.\d+ s, a boot 0.001$") as error:
+        async with templates.open(IDENTITY, shared=True):
+            pass
+    assert error.value.code == "aborted"
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def test_a_copy_without_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    templates = Templates(path)
+    assert await templates.make(IDENTITY, 64, made_with_memory, wait=0)
+    booted_in(path, 60.0)
+    monkeypatch.setattr(copying, "_available", lambda: 19 * MIB)
+    with pytest.raises(ShimError, match=r"a copy of its 20 MiB has no room in 19 MiB$"):
+        async with templates.open(IDENTITY, shared=True):
+            pass
 
 
 async def test_clearing_goes_by_where_a_path_leads(path: Path, tmp_path: Path) -> None:

@@ -197,7 +197,23 @@ def test_shared_memory_is_a_copy(root: Path, own: Factory, tmp_path: Path) -> No
     assert str(template) not in Path(f"/proc/{pid}/maps").read_text()
     assert Guest(shared.runtime, "shared").run(*FILL).status == 0
     assert digest(template / "memory") == before
+    assert "faster than a boot" in (root / "sandboxes/shared/shim.log").read_text()
     own.delete("private", "shared")
+
+
+def test_shared_memory_is_no_copy_where_a_boot_is_faster(root: Path, own: Factory, tmp_path: Path) -> None:
+    assert own.run("private") == "template"
+    (template,) = own.templates()
+    information = template / "template.json"
+    told = json.loads(information.read_text())
+    information.write_text(json.dumps({**told, "seconds": 0.001}))
+    shared = Runtime(root, configure(tmp_path / "s.toml", own.path, shared_memory=True))
+    started = shared("run", "--detach", "shared")
+    assert (started.status, started.stderr.count("\n")) == (0, 2)
+    assert "so the guest is booted: the template's memory is to be shared, and a copy" in started.stderr
+    assert shared("state", "shared").json["source"] == "boot"
+    assert own.run("another") == "template"
+    own.delete("private", "shared", "another")
 
 
 def test_another_machine_has_another_template(root: Path, own: Factory, tmp_path: Path) -> None:
