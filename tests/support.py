@@ -89,9 +89,9 @@ class Guest:
         text = value if isinstance(value, str) else json.dumps(value)
         return self.runtime("kata-network", command, self.id, "-", stdin=text)
 
-    def ipvsadm(self, parameters: str) -> Result:
+    def ipvsadm(self, parameters: str, *flags: str) -> Result:
         """Run kata-ipvs ipvsadm with these parameters."""
-        return self.runtime("kata-ipvs", "ipvsadm", "--parameters", parameters, self.id)
+        return self.runtime("kata-ipvs", "ipvsadm", "--parameters", parameters, *flags, self.id)
 
     def restore(self, rules: str) -> Result:
         """Run kata-ipvs ipvsadm --restore with these rules as its stdin."""

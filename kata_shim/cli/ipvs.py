@@ -32,19 +32,35 @@ def ipvs(arguments: Arguments) -> int:
     if len(flags) != 1 or (command == "cleanup" and flags != ["--parameters"]):
         rule = "--parameters" if command == "cleanup" else "either --parameters or --restore"
         raise UsageError(f"{command}: {rule} is needed")
+    if arguments.has("--dialect") and flags != ["--parameters"]:
+        raise UsageError(f"{command}: --dialect goes with --parameters")
     sandbox_id = client.resolve(arguments.root, words[0] if words else "")
     if flags == ["--restore"]:
         method, params = "restore", b'{"rules":%b}' % _rules(arguments.last("--restore"))
     else:
         method, params = command, b'{"parameters":%b}' % _quoted(arguments.last("--parameters"))
+    if arguments.has("--dialect"):
+        params = b'%b,"dialect":%b}' % (params[:-1], _quoted(arguments.last("--dialect")))
     line = ProgressLine()
     connection = client.connect(arguments.root, sandbox_id, line.say)
     try:
         result = connection.call(f"kata-ipvs.{method}", params, _Bar(line).show if line.is_shown else None)
     finally:
         line.clear()
+    if not result.startswith(b'"'):
+        return _as_ipvsadm(result)
     write(1, scanstring(result.decode(), 1)[0].encode("utf-8", "backslashreplace"))
     return 0
+
+
+def _as_ipvsadm(result: bytes) -> int:
+    """Write what ipvsadm would have written, and return the status it would have had."""
+    import json
+
+    answer = json.loads(result)
+    write(1, answer["stdout"].encode("utf-8", "backslashreplace"))
+    write(2, answer["stderr"].encode("utf-8", "backslashreplace"))
+    return int(answer["status"])
 
 
 class _Bar:

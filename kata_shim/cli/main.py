@@ -95,10 +95,12 @@ COMMANDS = {
         "COMMAND ID",
         """IPVS rules of a running sandbox, in ipvsadm's language
   ipvsadm --parameters "RULE" ID   do what one of ipvsadm's command lines says
+  ipvsadm --dialect ipvsadm --parameters "RULE" ID
+                                   likewise, in the whole language, with ipvsadm's own messages and statuses
   ipvsadm --restore FILE|- ID      make the rules of a file the table, which must be empty
   cleanup --parameters "--orig-dst IP --protonum tcp|udp" ID
                                    delete conntrack entries""",
-        flags={"--parameters": True, "--restore": True},
+        flags={"--parameters": True, "--restore": True, "--dialect": True},
         words=(0, None),
         on_failure=b"null\n",
     ),

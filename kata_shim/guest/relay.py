@@ -15,7 +15,12 @@ from kata_shim.protos import guest_pb2
 
 MAX_RELAYS = 16  # that have more to tell
 PIECE = 256 * 1024  # bytes; an answer is as long as that, or ends with the next datagram
-TABLES = ("ip_vs", "ip_vs_conn")
+TABLES = {
+    "ip_vs": "/proc/net/ip_vs",
+    "ip_vs_conn": "/proc/net/ip_vs_conn",
+    "hosts": "/etc/hosts",
+    "services": "/etc/services",
+}
 # include/uapi/linux/netlink.h
 _NETLINK_NETFILTER = 12
 _NETLINK_GENERIC = 16
@@ -63,8 +68,12 @@ class Relays:
 
     async def read_table(self, request: guest_pb2.ReadTableRequest) -> guest_pb2.RelayResponse:
         """ReadTable."""
-        source = self._left(request.relay_id) if request.relay_id else _File(_path(request.name))
-        return self._next(source)
+        if request.relay_id:
+            return self._next(self._left(request.relay_id))
+        try:
+            return self._next(_File(_path(request.name)))
+        except FileNotFoundError:
+            return guest_pb2.RelayResponse()
 
     async def count_table(self, request: guest_pb2.CountTableRequest) -> guest_pb2.CountTableResponse:
         """CountTable."""
@@ -131,7 +140,7 @@ class _Netlink:
 
 
 class _File:
-    """A file of /proc/net."""
+    """A file."""
 
     def __init__(self, path: str) -> None:
         self.ended = False
@@ -164,4 +173,4 @@ def _count_lines(path: str) -> int:
 def _path(name: str) -> str:
     if name not in TABLES:
         raise invalid(f"name: {name} is not one of {', '.join(TABLES)}")
-    return f"/proc/net/{name}"
+    return TABLES[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,18 +19,21 @@ from kata_shim import log
 from kata_shim.agent import Agent
 from kata_shim.contract.ipvs import MAX_RULES, Cleanup
 from kata_shim.errors import ShimError
-from kata_shim.ipvs import conntrack, failure, listing, netlink, proctable, wire
+from kata_shim.ipvs import connections, conntrack, failure, listing, netlink, proctable, wire
 from kata_shim.ipvs.command import Command, Verb
+from kata_shim.ipvs.names import FileNames
 from kata_shim.ipvs.netlink import Answer, WireError
-from kata_shim.ipvs.rules import Info, Key, ServerState, ServiceState
+from kata_shim.ipvs.rules import Daemon, Key, ServerState, ServiceState
 from kata_shim.ipvs.wire import Op
 from kata_shim.qemu.monitor import run_to_end
 
 CHUNK = 256  # rules in one message to the guest
 IN_FLIGHT = 4  # chunks
 MAX_SAID = 64 << 20  # bytes; many times what the documents' most rules take
+MAX_NAMES = 1 << 20  # bytes of a file
 
 _PROC = "ip_vs"
+_CONNECTIONS = "ip_vs_conn"
 # Views that /proc/net/ip_vs does not tell of.
 _BY_NETLINK = {"stats", "rate", "thresholds", "persistent-conn", "tun-info"}
 _CODES = {errno.EEXIST: "already-exists", errno.ENOENT: "not-found", errno.ESRCH: "not-found"}
@@ -68,11 +71,14 @@ class Ipvs:
         except ShimError as error:
             log.warning("a cut restore of IPVS rules stays for now", error=error.message)
 
-    async def change(self, command: Command) -> None:
-        """Do one command; raises RefusedError, and `resource-exhausted` beyond the documents' most rules."""
+    async def change(self, command: Command, *, limited: bool) -> None:
+        """Do one command; raises RefusedError.
+
+        If `limited`, `resource-exhausted` is raised beyond the documents' most rules.
+        """
         async with self._changing:
             await self._mend()
-            if command.verb in (Verb.ADD_SERVICE, Verb.ADD_SERVER):
+            if limited and command.verb in (Verb.ADD_SERVICE, Verb.ADD_SERVER):
                 await self._need_room()
             await run_to_end(self._apply([command]))
 
@@ -97,13 +103,32 @@ class Ipvs:
             self._restoring.unlink()
 
     async def listing(self, command: Command) -> str:
-        """Return what `ipvsadm --list` prints."""
+        """Return what `ipvsadm --list` prints, with each of its options, or `--save`; raises RefusedError."""
+        given = command.given
+        names = listing.NUMERIC if "numeric" in given else await self.names()
+        if command.verb is Verb.SAVE:
+            return "".join(listing.saved(await self._by_netlink(), names))
         if command.service is not None:
-            states = await self._by_netlink(command.service.key)
-            return "".join(listing.one_service(states[0], command.given))
-        info = await self._info()
-        states = await (self._by_netlink() if command.given & _BY_NETLINK else self._by_proc())
-        return "".join(listing.table(info, states, command.given))
+            (state,) = await self._by_netlink(command.service.key)
+            return "".join(listing.one_service(state, given, names))
+        if "connection" in given:
+            lines = (await self._agent.read_table(_CONNECTIONS, MAX_SAID)).decode(errors="replace")
+            known = filter(None, map(connections.read, lines.splitlines()))
+            return "".join(connections.table(known, given, names))
+        if "timeout" in given:
+            return listing.timeouts(await self._one(Op.GET_TIMEOUT, wire.read_timeouts))
+        if "daemon" in given:
+            return listing.daemons([daemon async for daemon in self._daemons()])
+        info = await self._one(Op.GET_INFO, wire.read_info)
+        states = await (self._by_netlink() if given & _BY_NETLINK else self._by_proc())
+        return "".join(listing.table(info, states, given, names))
+
+    async def names(self) -> FileNames:
+        """Return who knows the names of hosts and services in the guest."""
+        hosts, services = await asyncio.gather(
+            *(self._agent.read_table(name, MAX_NAMES) for name in ("hosts", "services"))
+        )
+        return FileNames(hosts.decode(errors="replace"), services.decode(errors="replace"))
 
     async def cleanup(self, cleanup: Cleanup) -> int:
         """Delete the conntrack entries first sent to an address by a protocol; return how many there were."""
@@ -223,12 +248,21 @@ class Ipvs:
                 servers[index].append(_checked(read, answer.body))
         return [state._replace(servers=tuple(found)) for state, found in zip(states, servers, strict=True)]
 
-    async def _info(self) -> Info:
+    async def _one(self, operation: Op, read: Callable[[memoryview], _T]) -> _T:
+        """Return what the kernel tells of itself."""
         family = await self._number()
-        for answer in await self._ask([wire.request(Op.GET_INFO, family, 1)]):
+        for answer in await self._ask([wire.request(operation, family, 1)]):
             if answer.kind == family:
-                return _checked(wire.read_info, answer.body)
-        raise ShimError("data-loss", "the guest's kernel does not tell its version of IPVS")
+                return _checked(read, answer.body)
+        raise ShimError("data-loss", f"the guest's kernel does not answer to {operation.name}")
+
+    async def _daemons(self) -> AsyncIterator[Daemon]:
+        family = await self._number()
+        for answer in await self._ask([wire.request(Op.GET_DAEMON, family, 1)]):
+            if answer.errno:
+                raise RefusedError(Verb.LIST, answer.errno)
+            if answer.kind == family:
+                yield _checked(wire.read_daemon, answer.body)
 
     async def _number(self) -> int:
         """Return the number that IPVS has in the guest's kernel, which loads the module if need be."""

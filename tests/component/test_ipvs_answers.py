@@ -72,7 +72,7 @@ def ipvs(liar: Liar, directory: Path) -> Ipvs:
 )
 async def test_a_change_that_is_not_answered_is_none(tmp_path: Path, answers: list[bytes], text: str) -> None:
     with pytest.raises(ShimError) as caught:
-        await ipvs(Liar(answers), tmp_path).change(parse_parameters(RULE))
+        await ipvs(Liar(answers), tmp_path).change(parse_parameters(RULE), limited=True)
     assert text in caught.value.message
 
 
@@ -90,7 +90,7 @@ async def test_an_answer_to_another_message_names_no_rule_of_ours(tmp_path: Path
 
 async def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShimError) as caught:
-        await ipvs(Liar([], lines=2**63), tmp_path).change(parse_parameters(RULE))
+        await ipvs(Liar([], lines=2**63), tmp_path).change(parse_parameters(RULE), limited=True)
     assert caught.value.code == "resource-exhausted"
 
 
@@ -114,7 +114,7 @@ async def test_any_answers_end_in_a_result_or_one_error(
         return ipvs(Liar([family(), *answers], table), tmp_path)
 
     with suppress(ShimError):
-        await told().change(parse_parameters(RULE))
+        await told().change(parse_parameters(RULE), limited=True)
     for text in ("-L", "-L -t 10.0.0.1:80"):
         with suppress(ShimError):
             assert (await told().listing(parse_parameters(text))).endswith("\n")

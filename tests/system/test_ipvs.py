@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,88 @@ def test_cleanup_deletes_what_was_first_sent_there(guest: Guest) -> None:
     ]  # fmt: skip
 
 
+LINES = """
+-A -t 10.0.0.1:80 -s rr -p 3000
+-A -t 10.0.0.1:80
+-A -t localhost:80 -s bogus
+-A -t localhost:80 -s wrr
+-A -u [fd00::1]:53 -s sh -b sh-fallback,sh-port -o -p 60 -M 64 --pe sip
+-A --sctp-service 10.0.0.2:0 -s mh -p -M 255.255.255.0 -b mh-port
+-A -f 7 -6 -s lc -b flag-1,flag-3
+-A -f 7
+-A -f 0
+-E -t 10.0.0.1:80 -s wlc
+-E -t 10.0.0.9:80
+-a -t 10.0.0.1:80 -r 192.168.1.2:8080 -m -w 5 -x 100 -y 50
+-a -t 10.0.0.1:80 -r 192.168.1.2:8080 -m
+-a -t 10.0.0.1:80 -r localhost -g
+-a -t 10.0.0.1:80 -r [fd00:1::1]:80 -i --tun-type gue --tun-port 6080 --tun-remcsum
+-a -t 10.0.0.1:80 -r 192.168.1.4 -i --tun-type gre --tun-csum -w 2147483647
+-a -t 10.0.0.1:80 -r 192.168.1.5 -i --tun-type gue
+-a -f 7 -6 -r [fd00:1::2]:0 -m
+-a -f 9 -r 10.0.0.9 -m
+-e -t 10.0.0.1:80 -r 192.168.1.2:8080 -m -w 0 -x 100 -y 50
+-e -t 10.0.0.1:80 -r 192.168.1.9:8080 -m -w 0
+-d -t 10.0.0.1:80 -r 192.168.1.9
+-d -t 10.0.0.1:80 -r localhost
+--set 100 0 2678400
+--start-daemon master --mcast-interface lo --syncid 3
+--start-daemon master --mcast-interface lo
+--start-daemon backup --mcast-interface lo --mcast-group 224.0.0.99 --mcast-port 9000 --mcast-ttl 3
+--start-daemon master --mcast-interface nosuch
+-L
+-Ln
+-Ln --stats
+-Ln --stats --exact
+-Ln --rate
+-Ln --thresholds
+-Ln --persistent-conn
+-Ln --tun-info
+-Ln --nosort
+-L -t localhost:80
+-L -t 10.0.0.9:80
+-L --timeout
+-L --daemon
+-Lc
+-Lnc --persistent-conn
+-L --timeout --stats
+-S -n
+-S
+-Z
+-Z -t 10.0.0.1:80
+-Z -t 10.0.0.9:80
+-D -f 7 -6
+-D -f 8
+--stop-daemon master
+--stop-daemon backup
+--stop-daemon backup
+-h
+-v
+-A -q
+bogus
+-C
+-Ln
+"""
+
+
+def test_the_whole_language_does_what_ipvsadm_does(guest: Guest) -> None:
+    """Each line by our command, and by the guest's own ipvsadm on a table that came about in the same way."""
+    lines = LINES.strip().splitlines()
+    theirs = [guest.run("ipvsadm", *line.split()) for line in lines]
+    assert guest.run("ipvsadm", "--set", "900", "120", "300").status == 0
+    for line, expected in zip(lines, theirs, strict=True):
+        given = guest.ipvsadm(line, "--dialect", "ipvsadm")
+        if line.startswith("-S"):  # which keeps the thresholds
+            given = replace(given, stdout=given.stdout.replace(" -x 100 -y 50", ""))
+        assert (line, given) == (line, expected)
+
+
+def test_an_unknown_dialect(guest: Guest) -> None:
+    assert guest.ipvsadm("-L", "--dialect", "iptables") == refused(
+        'dialect: "iptables" is neither documented nor ipvsadm'
+    )
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -245,6 +328,7 @@ def test_cleanup_deletes_what_was_first_sent_there(guest: Guest) -> None:
         ("kata-ipvs", "ipvsadm", "--parameters", "-L", "--restore", "-", "one"),
         ("kata-ipvs", "ipvsadm", "--parameters", "-L", "one", "two"),
         ("kata-ipvs", "cleanup", "--restore", "-", "one"),
+        ("kata-ipvs", "ipvsadm", "--dialect", "ipvsadm", "--restore", "-", "one"),
         ("kata-ipvs", "ipvsadm", "--parameter", "-L", "one"),
     ],
 )
