@@ -313,6 +313,12 @@ def test_the_whole_language_does_what_ipvsadm_does(guest: Guest) -> None:
         assert (line, given) == (line, expected)
 
 
+def test_restore_is_no_parameter(guest: Guest) -> None:
+    assert guest.ipvsadm("-R", "--dialect", "ipvsadm") == Result(
+        2, "", "rules are restored by --restore FILE or --restore -\n"
+    )
+
+
 def test_an_unknown_dialect(guest: Guest) -> None:
     assert guest.ipvsadm("-L", "--dialect", "iptables") == refused(
         'dialect: "iptables" is neither documented nor ipvsadm'

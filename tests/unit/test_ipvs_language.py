@@ -301,6 +301,10 @@ def test_all_of_a_kind_are_zeroed_by_an_address_that_is_none() -> None:
     assert one.key == WEB
 
 
+def test_a_list_of_no_flags_is_none() -> None:
+    assert read("-A -t 10.0.0.1:80 -s sh -b ,,").service == Service(WEB, "sh")
+
+
 class _Known:
     def host(self, name: str) -> bytes | None:
         return bytes((10, 0, 0, 1)) if name == "web" else None

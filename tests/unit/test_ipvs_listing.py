@@ -239,6 +239,23 @@ def test_names_stand_where_somebody_knows_them() -> None:
     assert "-a -t 10.0.0.1:http -r localhost:http -m -w 1\n" in "".join(listing.saved(services, _Known()))
 
 
+class _Long:
+    def host_name(self, address: bytes) -> str | None:
+        return "a-very-long-name-of-a-host.example.org"
+
+    def service_name(self, port: int, protocol: int) -> str | None:
+        return None
+
+
+def test_long_names_are_not_cut() -> None:
+    services = made("-A -t 10.0.0.1:80\n-a -t 10.0.0.1:80 -r 127.0.0.1 -m")
+    lines = "".join(listing.table(INFO, services, names=_Long())).splitlines()
+    assert lines[3:] == [
+        "TCP  a-very-long-name-of-a-host.example.org:80 wlc",
+        "  -> a-very-long-name-of-a-host.example.org:80 Masq    1      0          0         ",
+    ]
+
+
 CONNECTIONS = """\
 Pro FromIP   FPrt ToIP     TPrt DestIP   DPrt State       Expires PEName PEData
 TCP 0A000005 C350 0A000001 0050 AC100001 1F90 ESTABLISHED     899
