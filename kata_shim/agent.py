@@ -6,10 +6,8 @@ What the guest answers is untrusted: the channel checks frames and messages, thi
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address, ip_network
@@ -26,10 +24,9 @@ from kata_shim.protos import agent_pb2, guest_pb2, types_pb2
 from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, SERVICES
 from kata_shim.quoting import quoted
 from kata_shim.ttrpc.client import Client
+from kata_shim.ttrpc.vsock import connect_vsock
 
 VSOCK_PORT = 1024  # the Kata agent's
-VSOCK_RETRY = 0.02  # seconds
-VSOCK_RESERVED = 1023  # LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c
 CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
 MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 times as many
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
@@ -323,7 +320,7 @@ class Agent:
 async def _connect(address: Address, timeout: float) -> Client:
     if isinstance(address, int):
         client = Client(name=f"the agent at vsock {address}:{VSOCK_PORT}", max_answer=MAX_ANSWER)
-        await _connect_vsock(client, address, timeout)
+        await connect_vsock(client, address, VSOCK_PORT, timeout)
         return client
     client = await _dial(address)
     try:
@@ -336,47 +333,6 @@ async def _connect(address: Address, timeout: float) -> Client:
 
 async def _dial(port: Path) -> Client:
     return await Client.connect(port, link=True, name="the agent's channel", max_answer=MAX_ANSWER)
-
-
-async def _connect_vsock(client: Client, cid: int, timeout: float) -> None:
-    """Connect as soon as the guest listens: vsock refuses until then, and tells nobody when that changes."""
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(timeout):
-            while True:
-                sock = _privileged_vsock(cid)
-                try:
-                    await loop.sock_connect(sock, (cid, VSOCK_PORT))
-                    await loop.create_connection(lambda: client, sock=sock)
-                    return
-                except (ConnectionResetError, ConnectionRefusedError, TimeoutError):
-                    sock.close()
-                    await asyncio.sleep(VSOCK_RETRY)
-                except BaseException:
-                    sock.close()
-                    raise
-    except TimeoutError:
-        raise ShimError("deadline-exceeded", f"{client.name}: no answer within {timeout:g} s") from None
-    except OSError as error:
-        raise ShimError("unavailable", f"{client.name}: {error.strerror}") from None
-
-
-def _privileged_vsock(cid: int) -> socket.socket:
-    """Return a vsock socket on a port that only root may bind (vsock(7)): our agent hears no other.
-
-    vsock knows no file modes, so without this any user of the host could command any guest.
-    """
-    for attempt in range(VSOCK_RESERVED):
-        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            sock.bind((socket.VMADDR_CID_ANY, 1 + (cid + attempt) % VSOCK_RESERVED))
-            return sock
-        except OSError as error:
-            sock.close()
-            if error.errno != errno.EADDRINUSE:
-                raise
-    text = f"all {VSOCK_RESERVED} vsock ports that only root may use are in use on this host"
-    raise ShimError("resource-exhausted", text)
 
 
 def _other_agent(method: str) -> ShimError:
