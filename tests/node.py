@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from kata_shim.qemu.process import find_by_log
@@ -76,7 +76,8 @@ class Node:
     def destroy(self, *, template: bool = True) -> None:
         """Run `factory destroy`; assert that nothing is left, but the template if that is to stay."""
         config = self._own.config if template else self._keeping
-        assert self._own("factory", "destroy", "--config", str(config)) == Result(0, "", "")
+        destroyed = self._own("factory", "destroy", "--config", str(config))
+        assert destroyed == Result(0, "", ""), destroyed
         self._bury()
         settle(self._own.root)
         assert not leftovers(self._own.root).processes
@@ -117,9 +118,12 @@ class Node:
         return self._start(*words[moment])
 
     def _strike(self, victims: Sequence[str], command: Command, moment: str) -> bool:
-        """Kill one of each, as soon as there is one; return False if `command` has ended before."""
+        """Kill one of each, as soon as there is one; return False if `command` has ended before.
+
+        They have ended then: who calls one that is just dying hears that it died.
+        """
         after = self._chance.uniform(0, LASTS[moment])
-        with watched(command.pid) as ended:
+        with ExitStack() as killed, watched(command.pid) as ended:
             if moment == "run" and self._chance.random() < 0.5:
                 while not self._has_qemu() and not ended(LOOK):
                     pass
@@ -129,8 +133,11 @@ class Node:
                 while not (found := self._find(victim, command)):
                     if ended(LOOK):
                         return False
+                pid = self._chance.choice(sorted(found))
                 with suppress(ProcessLookupError):
-                    os.kill(self._chance.choice(sorted(found)), signal.SIGKILL)
+                    has_died = killed.enter_context(watched(pid))
+                    killed.callback(has_died, PATIENCE)
+                    os.kill(pid, signal.SIGKILL)
         return True
 
     def _has_qemu(self) -> bool:
@@ -198,7 +205,8 @@ class Node:
     def _delete(self) -> None:
         """Delete the sandbox; assert that nothing is left of it."""
         root = self._own.root
-        assert self._own("delete", "--force", ID) == Result(0, "", "")
+        deleted = self._own("delete", "--force", ID)
+        assert deleted == Result(0, "", ""), deleted
         for pid in _writers(f"{root}/sandboxes"):  # a shim answers the call that ends it first
             with suppress(ProcessLookupError), watched(pid) as ended:
                 assert ended(PATIENCE), f"{pid} is left"
