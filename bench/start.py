@@ -46,7 +46,7 @@ def detached(ground: Ground, rounds: int) -> list[Comparison]:
     cached = Comparison(f"{name}: cache", against, "≤ 100 ms")
     with (
         Place(ground, "cold", clone=False) as cold,
-        Place(ground, "template") as alone,
+        Place(ground, "alone") as alone,
         Place(ground, "zygote") as forked,
         Place(ground, "cache", cache=1) as cache,
     ):
