@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from kata_shim.cli.arguments import Arguments
 
-COMMANDS = ("ipvsadm", "cleanup")
+# Each command, and its ways: the flag that says what to do, and those that may stand beside it.
+COMMANDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "ipvsadm": {
+        "--parameters": ("--dialect", "--json"),
+        "--restore": ("--dialect",),
+        "--replace": ("--dry-run",),
+    },
+    "cleanup": {"--parameters": ()},
+}
+_METHODS = {"--restore": "restore", "--replace": "replace"}
 
 
 def ipvs(arguments: Arguments) -> int:
@@ -28,29 +37,49 @@ def ipvs(arguments: Arguments) -> int:
         raise UsageError(f"{command}: unknown command")
     if len(words) > 1:
         raise UsageError(f"{command}: unexpected argument {words[1]}")
-    flags = [flag for flag in ("--parameters", "--restore") if arguments.has(flag)]
-    if len(flags) != 1 or (command == "cleanup" and flags != ["--parameters"]):
-        rule = "--parameters" if command == "cleanup" else "either --parameters or --restore"
-        raise UsageError(f"{command}: {rule} is needed")
-    if arguments.has("--dialect") and flags != ["--parameters"]:
-        raise UsageError(f"{command}: --dialect goes with --parameters")
+    way = _way(command, arguments)
     sandbox_id = client.resolve(arguments.root, words[0] if words else "")
-    if flags == ["--restore"]:
-        method, params = "restore", b'{"rules":%b}' % _rules(arguments.last("--restore"))
-    else:
-        method, params = command, b'{"parameters":%b}' % _quoted(arguments.last("--parameters"))
-    if arguments.has("--dialect"):
-        params = b'%b,"dialect":%b}' % (params[:-1], _quoted(arguments.last("--dialect")))
     line = ProgressLine()
+    params = _params(way, arguments)
     connection = client.connect(arguments.root, sandbox_id, line.say)
+    show = _Bar(line).show if line.is_shown else None
     try:
-        result = connection.call(f"kata-ipvs.{method}", params, _Bar(line).show if line.is_shown else None)
+        result = connection.call(f"kata-ipvs.{_METHODS.get(way, command)}", params, show)
     finally:
         line.clear()
-    if not result.startswith(b'"'):
-        return _as_ipvsadm(result)
-    write(1, scanstring(result.decode(), 1)[0].encode("utf-8", "backslashreplace"))
-    return 0
+    if result.startswith(b'"'):
+        write(1, scanstring(result.decode(), 1)[0].encode("utf-8", "backslashreplace"))
+        return 0
+    if arguments.has("--json"):
+        write(1, result + b"\n")
+        return 0
+    return _as_ipvsadm(result)
+
+
+def _way(command: str, arguments: Arguments) -> str:
+    """Return the flag that says what to do; raises UsageError."""
+    ways = COMMANDS[command]
+    given = [flag for flag in ways if arguments.has(flag)]
+    if len(given) != 1:
+        raise UsageError(f"{command}: one of {', '.join(ways)} is needed")
+    for flag in ("--parameters", "--restore", "--replace", "--dialect", "--json", "--dry-run"):
+        if arguments.has(flag) and flag != given[0] and flag not in ways[given[0]]:
+            raise UsageError(f"{command}: {flag} does not go with {given[0]}")
+    return given[0]
+
+
+def _params(way: str, arguments: Arguments) -> bytes:
+    """Return the params of a request."""
+    if way == "--parameters":
+        params = b'{"parameters":%b' % _quoted(arguments.last(way))
+    else:
+        params = b'{"rules":%b' % _rules(arguments.last(way))
+    if arguments.has("--dialect"):
+        params += b',"dialect":%b' % _quoted(arguments.last("--dialect"))
+    for flag, name in (("--json", b"json"), ("--dry-run", b"dry_run")):
+        if arguments.has(flag):
+            params += b',"%b":true' % name
+    return params + b"}"
 
 
 def _as_ipvsadm(result: bytes) -> int:

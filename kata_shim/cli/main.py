@@ -92,15 +92,25 @@ COMMANDS = {
     ),
     "kata-ipvs": Command(
         "ipvs:ipvs",
-        "COMMAND ID",
+        "COMMAND FLAG... ID",
         """IPVS rules of a running sandbox, in ipvsadm's language
-  ipvsadm --parameters "RULE" ID   do what one of ipvsadm's command lines says
-  ipvsadm --dialect ipvsadm --parameters "RULE" ID
-                                   likewise, in the whole language, with ipvsadm's own messages and statuses
-  ipvsadm --restore FILE|- ID      make the rules of a file the table, which must be empty
-  cleanup --parameters "--orig-dst IP --protonum tcp|udp" ID
-                                   delete conntrack entries""",
-        flags={"--parameters": True, "--restore": True, "--dialect": True},
+  ipvsadm --parameters "RULE"   do what one of ipvsadm's command lines says
+  ipvsadm --restore FILE|-      make the rules of a file the table, which must be empty
+  ipvsadm --replace FILE|-      change the table to the rules of a file, and no more than that takes;
+                                with --dry-run print the changes
+  cleanup --parameters "--orig-dst IP --protonum tcp|udp"
+                                delete conntrack entries
+  --dialect ipvsadm   with --parameters: the whole language, ipvsadm's own messages and statuses;
+                      with --restore: on top of whatever rules there are
+  --json              with --parameters: a list of services as JSON""",
+        flags={
+            "--parameters": True,
+            "--restore": True,
+            "--replace": True,
+            "--dialect": True,
+            "--json": False,
+            "--dry-run": False,
+        },
         words=(0, None),
         on_failure=b"null\n",
     ),

@@ -5,7 +5,7 @@ Every error is `invalid-argument` and names the option, its value and the rule; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kata_shim.contract.fields import missing, wrong
@@ -110,12 +110,7 @@ def parse_rules(text: str) -> list[Rule]:
     Blank lines and those that begin with `#` are none; a line may begin with the word ipvsadm.
     """
     rules: list[Rule] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        if words[0] == "ipvsadm":
-            del words[0]
+    for number, words in rule_lines(text):
         try:
             rules.append(Rule(number, _parse_rule(words)))
             if len(rules) > MAX_RULES:
@@ -123,6 +118,15 @@ def parse_rules(text: str) -> list[Rule]:
         except ShimError as error:
             raise invalid(f"line {number}: {error.message}", line=number) from None
     return rules
+
+
+def rule_lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and words of each line that is neither blank nor a comment."""
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        yield number, words[1:] if words[0] == "ipvsadm" else words
 
 
 def parse_cleanup(text: str) -> Cleanup:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from kata_shim.contract.ipvs import parse_cleanup, parse_parameters, parse_rules
+from collections.abc import Awaitable, Callable, Sequence
+
+from kata_shim.contract.ipvs import Rule, parse_cleanup, parse_parameters, parse_rules, rule_lines
 from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
-from kata_shim.ipvs import usage
+from kata_shim.ipvs import listing, plan, usage
 from kata_shim.ipvs.command import STATUS_FAILED, Command, UsageError, Verb
 from kata_shim.ipvs.language import parse
 from kata_shim.quoting import quoted
-from kata_shim.sandbox.ipvs import Ipvs, RefusedError
+from kata_shim.sandbox.guest_kernel import RefusedError, Tell
+from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.sandbox import Sandbox
 
-DOCUMENTED = "documented"
-IPVSADM = "ipvsadm"
+DIALECTS = ("documented", "ipvsadm")
 STATUS_LIST = 1  # of ipvsadm where it cannot list
+# What can be taken back, and so stands in a file to restore.
+RESTORED = frozenset(
+    {
+        Verb.ADD_SERVICE,
+        Verb.EDIT_SERVICE,
+        Verb.DELETE_SERVICE,
+        Verb.ADD_SERVER,
+        Verb.EDIT_SERVER,
+        Verb.DELETE_SERVER,
+        Verb.CLEAR,
+    }
+)
 
 
 def methods(sandbox: Sandbox) -> dict[str, Handler]:
@@ -24,8 +38,80 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
     return {
         "kata-ipvs.ipvsadm": commands.ipvsadm,
         "kata-ipvs.restore": commands.restore,
+        "kata-ipvs.replace": commands.replace,
         "kata-ipvs.cleanup": commands.cleanup,
     }
+
+
+class _Commands:
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def ipvsadm(self, call: Call) -> object:
+        text, as_json = field(call, "parameters", str, ""), field(call, "json", bool, False)
+        ipvs = await self._sandbox.ipvs()
+        if _is_ipvsadm(call) and not as_json:
+            stdout, stderr, status = await _as_ipvsadm(text.split(), ipvs)
+            return {"stdout": stdout, "stderr": stderr, "status": status}
+        command = await _of_ipvsadm(text.split(), ipvs) if _is_ipvsadm(call) else parse_parameters(text)
+        if as_json:
+            return await _listed_as_json(command, ipvs)
+        if command.verb is Verb.LIST:
+            return await ipvs.listing(command)
+        await ipvs.change(command, limited=True)
+        return ""
+
+    async def restore(self, call: Call) -> object:
+        text, ipvs = field(call, "rules", str, ""), await self._sandbox.ipvs()
+        if _is_ipvsadm(call):
+            await _load(await _rules_of_ipvsadm(text, ipvs), ipvs.apply, call)
+        else:
+            await _load(parse_rules(text), ipvs.fill, call)
+        return ""
+
+    async def replace(self, call: Call) -> object:
+        dry, ipvs = field(call, "dry_run", bool, False), await self._sandbox.ipvs()
+        rules = await _rules_of_ipvsadm(field(call, "rules", str, ""), ipvs)
+        try:
+            want = plan.of_rules(rule.command for rule in rules)
+        except plan.PlanError as error:
+            raise _of_line(invalid(str(error)), rules[error.index].line) from None
+        changes = await ipvs.replace(want, _teller(call), dry=dry)
+        return "".join(map(listing.rule, changes)) if dry else ""
+
+    async def cleanup(self, call: Call) -> object:
+        cleanup = parse_cleanup(field(call, "parameters", str, ""))
+        deleted = await (await self._sandbox.ipvs()).cleanup(cleanup)
+        return f"{deleted} flow entries have been deleted.\n"
+
+
+async def _as_ipvsadm(words: list[str], ipvs: Ipvs) -> tuple[str, str, int]:
+    """Do what ipvsadm does with a command line; return its stdout, stderr and status."""
+    try:
+        command = await _parse(words, ipvs)
+        match command.verb:
+            case Verb.HELP:
+                return usage.help_text(), "", 0
+            case Verb.VERSION:
+                return usage.VERSION, "", 0
+            case Verb.RESTORE:
+                raise UsageError("rules are restored by --restore FILE or --restore -")
+            case Verb.LIST | Verb.SAVE:
+                return await ipvs.listing(command), "", 0
+        await ipvs.change(command, limited=False)
+    except UsageError as error:
+        return "", f"{error.text}\n", error.status
+    except RefusedError as error:
+        status = STATUS_LIST if error.verb is Verb.LIST else STATUS_FAILED
+        return "", f"{error.message}\n", status
+    return "", "", 0
+
+
+async def _listed_as_json(command: Command, ipvs: Ipvs) -> object:
+    if command.verb is not Verb.LIST or command.given & {"connection", "timeout", "daemon"}:
+        raise invalid("json: only for a list of services")
+    key = command.service.key if command.service is not None else None
+    return listing.as_json(await ipvs.kernel.services(key))
 
 
 async def _parse(words: list[str], ipvs: Ipvs) -> Command:
@@ -35,66 +121,56 @@ async def _parse(words: list[str], ipvs: Ipvs) -> Command:
     except UsageError as error:
         if "address" not in error.text and "mask" not in error.text:
             raise
-    return parse(words, await ipvs.names())
+    return parse(words, await ipvs.kernel.names())
 
 
-class _Commands:
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+async def _of_ipvsadm(words: list[str], ipvs: Ipvs) -> Command:
+    """As `_parse`; raises ShimError."""
+    try:
+        return await _parse(words, ipvs)
+    except UsageError as error:
+        raise invalid(error.text.rstrip()) from None
 
-    async def ipvsadm(self, call: Call) -> object:
-        dialect, text = field(call, "dialect", str, DOCUMENTED), field(call, "parameters", str, "")
-        if dialect == IPVSADM:
-            stdout, stderr, status = await self._as_ipvsadm(text.split())
-            return {"stdout": stdout, "stderr": stderr, "status": status}
-        if dialect != DOCUMENTED:
-            raise invalid(f"dialect: {quoted(dialect)} is neither {DOCUMENTED} nor {IPVSADM}")
-        command = parse_parameters(text)
-        ipvs = await self._sandbox.ipvs()
-        if command.verb is Verb.LIST:
-            return await ipvs.listing(command)
-        await ipvs.change(command, limited=True)
-        return ""
 
-    async def _as_ipvsadm(self, words: list[str]) -> tuple[str, str, int]:
-        """Do what ipvsadm does with a command line; return its stdout, stderr and status."""
-        ipvs = await self._sandbox.ipvs()
+async def _rules_of_ipvsadm(text: str, ipvs: Ipvs) -> list[Rule]:
+    rules = []
+    for number, words in rule_lines(text):
         try:
-            command = await _parse(words, ipvs)
-            match command.verb:
-                case Verb.HELP:
-                    return usage.help_text(), "", 0
-                case Verb.VERSION:
-                    return usage.VERSION, "", 0
-                case Verb.RESTORE:
-                    raise UsageError("rules are restored by --restore FILE or --restore -")
-                case Verb.LIST | Verb.SAVE:
-                    return await ipvs.listing(command), "", 0
-            await ipvs.change(command, limited=False)
-        except UsageError as error:
-            return "", f"{error.text}\n", error.status
-        except RefusedError as error:
-            status = STATUS_LIST if error.verb is Verb.LIST else STATUS_FAILED
-            return "", f"{error.message}\n", status
-        return "", "", 0
+            command = await _of_ipvsadm(words, ipvs)
+        except ShimError as error:
+            raise _of_line(error, number) from None
+        if command.verb not in RESTORED:
+            words_for_it = "it cannot be taken back, so it has no place in a file"
+            raise _of_line(invalid(f"{command.verb}: {words_for_it}"), number)
+        rules.append(Rule(number, command))
+    return rules
 
-    async def restore(self, call: Call) -> object:
-        rules = parse_rules(field(call, "rules", str, ""))
-        if not rules:
-            raise invalid("rules: there are none to restore")
 
-        async def tell(done: int, total: int) -> None:
-            await call.progress({"done": done, "total": total})
+async def _load(
+    rules: list[Rule], load: Callable[[Sequence[Command], Tell], Awaitable[None]], call: Call
+) -> None:
+    """Have all rules done; an error that is one's names its line."""
+    if not rules:
+        raise invalid("rules: there are none to restore")
+    try:
+        await load([rule.command for rule in rules], _teller(call))
+    except RefusedError as error:
+        raise _of_line(error, rules[error.index].line) from None
 
-        ipvs = await self._sandbox.ipvs()
-        try:
-            await ipvs.restore([rule.command for rule in rules], tell)
-        except RefusedError as error:
-            line = rules[error.index].line
-            raise ShimError(error.code, f"line {line}: {error.message}", line=line) from None
-        return ""
 
-    async def cleanup(self, call: Call) -> object:
-        cleanup = parse_cleanup(field(call, "parameters", str, ""))
-        deleted = await (await self._sandbox.ipvs()).cleanup(cleanup)
-        return f"{deleted} flow entries have been deleted.\n"
+def _teller(call: Call) -> Tell:
+    async def tell(done: int, total: int) -> None:
+        await call.progress({"done": done, "total": total})
+
+    return tell
+
+
+def _of_line(error: ShimError, line: int) -> ShimError:
+    return ShimError(error.code, f"line {line}: {error.message}", line=line)
+
+
+def _is_ipvsadm(call: Call) -> bool:
+    dialect = field(call, "dialect", str, "documented")
+    if dialect not in DIALECTS:
+        raise invalid(f"dialect: {quoted(dialect)} is neither {' nor '.join(DIALECTS)}")
+    return dialect == "ipvsadm"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Set
 from typing import Protocol
 
 from kata_shim.ipvs import address
+from kata_shim.ipvs.command import Command, Verb
 from kata_shim.ipvs.rules import (
     AF_INET6,
     GATEWAYING,
@@ -48,6 +49,14 @@ _FORWARD_SWITCHES = {MASQUERADING: "-m", LOCAL: "-g", TUNNEL: "-i", GATEWAYING: 
 _TUNNELS = {IPIP: "ipip", GUE: "gue", GRE: "gre"}
 _CHECKSUMS = ("-c", "+c", "r+c")
 _CHECKSUM_SWITCHES = ("--tun-nocsum", "--tun-csum", "--tun-remcsum")
+_SWITCH_OF = {
+    Verb.ADD_SERVICE: "-A",
+    Verb.EDIT_SERVICE: "-E",
+    Verb.DELETE_SERVICE: "-D",
+    Verb.ADD_SERVER: "-a",
+    Verb.EDIT_SERVER: "-e",
+    Verb.DELETE_SERVER: "-d",
+}
 _FLAG_NAMES = {
     "sh": ((SCHED_1, "sh-fallback"), (SCHED_2, "sh-port")),
     "mh": ((SCHED_1, "mh-fallback"), (SCHED_2, "mh-port")),
@@ -115,6 +124,40 @@ def saved(services: Iterable[ServiceState], names: Names = NUMERIC) -> Iterator[
         yield "".join((_saved_service(name, service.service), *servers))
 
 
+def rule(command: Command) -> str:
+    """Return ipvsadm's line that adds, changes or deletes a service or a server; all names are numbers."""
+    assert command.service is not None
+    key = command.service.key
+    name, switch = _rule_name(key, NUMERIC), _SWITCH_OF[command.verb]
+    match command.verb:
+        case Verb.ADD_SERVICE | Verb.EDIT_SERVICE:
+            return _saved_service(name, command.service, switch)
+        case Verb.DELETE_SERVICE:
+            return f"{switch} {name}\n"
+    assert command.server is not None
+    if command.verb is Verb.DELETE_SERVER:
+        return f"{switch} {name} -r {_host_port(command.server, key.protocol, NUMERIC)}\n"
+    return _saved_server(name, command.server, key.protocol, NUMERIC, switch)
+
+
+def as_json(services: Iterable[ServiceState]) -> list[dict[str, object]]:
+    """Return the table as JSON values, in the order of a listing; times are in seconds."""
+    return [
+        {
+            **_json_key(state.service.key),
+            "scheduler": state.service.scheduler,
+            "flags": [name for name in sched_flags(state.service).split(",") if name],
+            "persistent": state.service.timeout if state.service.flags & PERSISTENT else None,
+            "netmask": _mask(state.service) or None,
+            "engine": state.service.engine or None,
+            "ops": bool(state.service.flags & ONE_PACKET),
+            "stats": state.stats._asdict(),
+            "servers": [_json_server(server) for server in in_order_of(state)],
+        }
+        for state in in_order(services)
+    ]
+
+
 def timeouts(values: Timeouts) -> str:
     """Return what `ipvsadm -L --timeout` prints."""
     return f"Timeout (tcp tcpfin udp): {values.tcp} {values.tcp_fin} {values.udp}\n"
@@ -143,6 +186,34 @@ def sched_flags(service: Service) -> str:
     """Return the scheduler's flags as `-b` takes them, "" for none."""
     known = _FLAG_NAMES.get(service.scheduler, _FLAG_NUMBERS)
     return ",".join(name for flag, name in known if service.flags & flag)
+
+
+def _json_key(key: Key) -> dict[str, object]:
+    if key.fwmark:
+        return {"fwmark": key.fwmark, "ipv6": key.family == AF_INET6}
+    protocol = _PROTOCOLS.get(key.protocol, "?").lower()
+    return {"protocol": protocol, "address": address.render(key.address), "port": key.port}
+
+
+def _json_server(state: ServerState) -> dict[str, object]:
+    server = state.server
+    tunnel: dict[str, object] | None = None
+    if server.forward == TUNNEL:
+        checksum = _checksum(server, ("none", "checksum", "remote"))
+        tunnel = {"type": _TUNNELS[server.tunnel], "port": server.tunnel_port, "checksum": checksum}
+    return {
+        "address": address.render(server.address),
+        "port": server.port,
+        "forward": _FORWARDS.get(server.forward, "?").lower(),
+        "weight": server.weight,
+        "upperThreshold": server.upper,
+        "lowerThreshold": server.lower,
+        "tunnel": tunnel,
+        "active": state.active,
+        "inactive": state.inactive,
+        "persistent": state.persistent,
+        "stats": state.stats._asdict(),
+    }
 
 
 def _service_order(key: Key) -> tuple[int, int, int, bytes, int]:
@@ -272,8 +343,8 @@ def _rule_name(key: Key, names: Names) -> str:
     return f"{_SWITCHES.get(key.protocol, '--xxx-service')} {_host_port(key, key.protocol, names)}"
 
 
-def _saved_service(name: str, service: Service) -> str:
-    words = [f"-A {name} -s {service.scheduler}"]
+def _saved_service(name: str, service: Service, switch: str = "-A") -> str:
+    words = [f"{switch} {name} -s {service.scheduler}"]
     if service.flags & PERSISTENT:
         words.append(f"-p {service.timeout}")
         words += [f"-M {mask}"] if (mask := _mask(service)) else []
@@ -283,9 +354,9 @@ def _saved_service(name: str, service: Service) -> str:
     return " ".join(words) + "\n"
 
 
-def _saved_server(name: str, server: Server, protocol: int, names: Names) -> str:
+def _saved_server(name: str, server: Server, protocol: int, names: Names, switch: str = "-a") -> str:
     forward = _FORWARD_SWITCHES.get(server.forward, "-g")
-    words = [f"-a {name} -r {_host_port(server, protocol, names)} {forward} -w {server.weight}"]
+    words = [f"{switch} {name} -r {_host_port(server, protocol, names)} {forward} -w {server.weight}"]
     words += [f"-x {server.upper}"] if server.upper else []
     words += [f"-y {server.lower}"] if server.lower else []
     if server.forward == TUNNEL:

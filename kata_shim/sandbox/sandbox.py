@@ -20,6 +20,7 @@ from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.devices import HostDevices
+from kata_shim.sandbox.guest_kernel import GuestKernel
 from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
@@ -180,7 +181,7 @@ class Sandbox:
 
     def _run(self, machine: Machine) -> None:
         self._network = Network(machine, self.record, self._file, self._devices, self.announce)
-        self._ipvs = Ipvs(machine.agent, self.directory / "restoring-ipvs")
+        self._ipvs = Ipvs(GuestKernel(machine.agent), self.directory / "ipvs-before")
         self.lifecycle.state = "running"
         self._spawn(self._watch_machine(machine))
         self.announce("state", state="running")

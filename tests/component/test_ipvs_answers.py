@@ -15,6 +15,7 @@ from kata_shim.agent import Agent
 from kata_shim.contract.ipvs import parse_cleanup, parse_parameters, parse_rules
 from kata_shim.errors import ShimError
 from kata_shim.ipvs import netlink
+from kata_shim.sandbox.guest_kernel import GuestKernel
 from kata_shim.sandbox.ipvs import Ipvs
 
 RULE = "-A -t 10.0.0.1:80 -s rr -p 1"
@@ -55,7 +56,7 @@ def acknowledgement(sequence: int, errno: int = 0) -> bytes:
 
 def ipvs(liar: Liar, directory: Path) -> Ipvs:
     """Operations on such a guest."""
-    return Ipvs(cast(Agent, liar), directory / "restoring-ipvs")
+    return Ipvs(GuestKernel(cast(Agent, liar)), directory / "ipvs-before")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ async def test_an_answer_to_another_message_names_no_rule_of_ours(tmp_path: Path
         pass
 
     with pytest.raises(ShimError) as caught:
-        await ipvs(liar, tmp_path).restore([rule.command for rule in parse_rules(RULE)], tell)
+        await ipvs(liar, tmp_path).fill([rule.command for rule in parse_rules(RULE)], tell)
     assert caught.value.code == "data-loss"
 
 
@@ -95,8 +96,7 @@ async def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None
 
 
 async def test_a_table_that_no_kernel_writes_is_refused(tmp_path: Path) -> None:
-    info = netlink.message(32, 0, 1, bytes(4), netlink.u32(1, 0x10201) + netlink.u32(2, 4096))
-    liar = Liar([family(), info, b"", b""], table=b"a\nb\nc\nTCP  \x1b[2J:00 rr\n")
+    liar = Liar([family()], table=b"a\nb\nc\nTCP  \x1b[2J:00 rr\n")
     with pytest.raises(ShimError) as caught:
         await ipvs(liar, tmp_path).listing(parse_parameters("-L"))
     assert "/proc/net/ip_vs" in caught.value.message
