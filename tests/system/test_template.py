@@ -182,6 +182,14 @@ def test_a_clone_is_taken_over(factory: Factory) -> None:
     factory.delete("a")
 
 
+def test_an_emulated_clone_gets_no_huge_pages(factory: Factory) -> None:
+    """QEMU asks for them, for the code that it makes."""
+    assert factory.run("a") == "template"
+    status = Path(f"/proc/{factory('state', 'a').json['pid']}/status").read_text()
+    factory.delete("a")
+    assert "THP_enabled:\t0\n" in status
+
+
 def test_shared_memory_is_a_copy(root: Path, own: Factory, tmp_path: Path) -> None:
     """Of the same template: how a clone maps its memory is the clone's own affair."""
     assert own.run("private") == "template"
