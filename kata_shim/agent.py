@@ -30,6 +30,7 @@ VSOCK_PORT = 1024  # the Kata agent's
 CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
 MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 times as many
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
+PIECE = 256 * 1024  # bytes; what the agent relays, but for the last, is as much or more
 SEED_BYTES = 64
 _CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
 _KATA_EVERYWHERE = ("0.0.0.0", "::1")  # how the Kata agent's netlink.rs lists a route over a gateway
@@ -184,6 +185,8 @@ class Agent:
                 )
             if not answer.relay_id:
                 return pieces
+            if len(answer.data) < PIECE:
+                raise ShimError("data-loss", f"{method}: the guest's agent tells too little at a time")
             request = type(request)(relay_id=answer.relay_id)
 
     # A guest with the Kata project's own agent has no service kata_shim.Guest; its routes change as a set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from kata_shim.contract.ipvs import Rule, parse_cleanup, parse_parameters, parse_rules, rule_lines
@@ -11,12 +12,15 @@ from kata_shim.faces.jsonl import Call, Handler
 from kata_shim.ipvs import listing, plan, usage
 from kata_shim.ipvs.command import STATUS_FAILED, Command, UsageError, Verb
 from kata_shim.ipvs.language import parse
+from kata_shim.ipvs.names import FileNames
 from kata_shim.quoting import quoted
 from kata_shim.sandbox.guest_kernel import RefusedError, Tell
 from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.sandbox import Sandbox
 
 DIALECTS = ("documented", "ipvsadm")
+MAX_LINES = 100_000  # of a file in ipvsadm's dialect
+BREATH = 256  # lines after which others have their turn
 STATUS_LIST = 1  # of ipvsadm where it cannot list
 # What can be taken back, and so stands in a file to restore.
 RESTORED = frozenset(
@@ -53,7 +57,9 @@ class _Commands:
         if _is_ipvsadm(call) and not as_json:
             stdout, stderr, status = await _as_ipvsadm(text.split(), ipvs)
             return {"stdout": stdout, "stderr": stderr, "status": status}
-        command = await _of_ipvsadm(text.split(), ipvs) if _is_ipvsadm(call) else parse_parameters(text)
+        if _is_ipvsadm(call):
+            return await _listed_as_json(await _of_ipvsadm(text.split(), _Parser(ipvs)), ipvs)
+        command = parse_parameters(text)
         if as_json:
             return await _listed_as_json(command, ipvs)
         if command.verb is Verb.LIST:
@@ -70,8 +76,11 @@ class _Commands:
         return ""
 
     async def replace(self, call: Call) -> object:
-        dry, ipvs = field(call, "dry_run", bool, False), await self._sandbox.ipvs()
-        rules = await _rules_of_ipvsadm(field(call, "rules", str, ""), ipvs)
+        dry, text = field(call, "dry_run", bool, False), _text(call, "rules")
+        if text is None:
+            raise invalid("rules: missing; an empty text means no rules at all")
+        ipvs = await self._sandbox.ipvs()
+        rules = await _rules_of_ipvsadm(text, ipvs)
         try:
             want = plan.of_rules(rule.command for rule in rules)
         except plan.PlanError as error:
@@ -88,7 +97,7 @@ class _Commands:
 async def _as_ipvsadm(words: list[str], ipvs: Ipvs) -> tuple[str, str, int]:
     """Do what ipvsadm does with a command line; return its stdout, stderr and status."""
     try:
-        command = await _parse(words, ipvs)
+        command = await _Parser(ipvs).parse(words)
         match command.verb:
             case Verb.HELP:
                 return usage.help_text(), "", 0
@@ -111,38 +120,51 @@ async def _listed_as_json(command: Command, ipvs: Ipvs) -> object:
     if command.verb is not Verb.LIST or command.given & {"connection", "timeout", "daemon"}:
         raise invalid("json: only for a list of services")
     key = command.service.key if command.service is not None else None
-    return listing.as_json(await ipvs.kernel.services(key))
+    return listing.as_json(await ipvs.kernel.services(key), command.given)
 
 
-async def _parse(words: list[str], ipvs: Ipvs) -> Command:
-    """Return the command; names are asked for only where numbers alone make none."""
+class _Parser:
+    """Reads ipvsadm's lines. Names are asked for once, and only where numbers alone make no command."""
+
+    def __init__(self, ipvs: Ipvs) -> None:
+        self._ipvs = ipvs
+        self._names: FileNames | None = None
+
+    async def parse(self, words: list[str]) -> Command:
+        """Return the command; raises UsageError."""
+        try:
+            return parse(words)
+        except UsageError as error:
+            if "address" not in error.text and "mask" not in error.text:
+                raise
+        if self._names is None:
+            self._names = await self._ipvs.kernel.names()
+        return parse(words, self._names)
+
+
+async def _of_ipvsadm(words: list[str], parser: _Parser) -> Command:
+    """Return the command; raises ShimError."""
     try:
-        return parse(words)
-    except UsageError as error:
-        if "address" not in error.text and "mask" not in error.text:
-            raise
-    return parse(words, await ipvs.kernel.names())
-
-
-async def _of_ipvsadm(words: list[str], ipvs: Ipvs) -> Command:
-    """As `_parse`; raises ShimError."""
-    try:
-        return await _parse(words, ipvs)
+        return await parser.parse(words)
     except UsageError as error:
         raise invalid(error.text.rstrip()) from None
 
 
 async def _rules_of_ipvsadm(text: str, ipvs: Ipvs) -> list[Rule]:
-    rules = []
+    rules: list[Rule] = []
+    parser = _Parser(ipvs)
     for number, words in rule_lines(text):
         try:
-            command = await _of_ipvsadm(words, ipvs)
+            command = await _of_ipvsadm(words, parser)
+            if command.verb not in RESTORED:
+                raise invalid(f"{command.verb}: it cannot be taken back, so it has no place in a file")
+            if len(rules) == MAX_LINES:
+                raise invalid(f"more than {MAX_LINES} lines")
         except ShimError as error:
             raise _of_line(error, number) from None
-        if command.verb not in RESTORED:
-            words_for_it = "it cannot be taken back, so it has no place in a file"
-            raise _of_line(invalid(f"{command.verb}: {words_for_it}"), number)
         rules.append(Rule(number, command))
+        if len(rules) % BREATH == 0:
+            await asyncio.sleep(0)
     return rules
 
 
@@ -155,7 +177,15 @@ async def _load(
     try:
         await load([rule.command for rule in rules], _teller(call))
     except RefusedError as error:
+        if error.verb is Verb.LIST:  # before the first of them
+            raise
         raise _of_line(error, rules[error.index].line) from None
+
+
+def _text(call: Call, name: str) -> str | None:
+    """Return one of the params, None where it is absent."""
+    given = isinstance(call.params, dict) and call.params.get(name) is not None
+    return field(call, name, str, "") if given else None
 
 
 def _teller(call: Call) -> Tell:

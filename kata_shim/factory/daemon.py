@@ -200,7 +200,8 @@ async def _end(noted: dict[str, object]) -> None:
         for number in (signal.SIGTERM, signal.SIGCONT):
             process.signal(number)
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(process.exited), STOP_TIMEOUT)
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await asyncio.shield(process.exited)
         await process.kill()
     finally:
         process.close()

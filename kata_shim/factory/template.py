@@ -248,7 +248,8 @@ class Templates:
 
         threading.Thread(target=take, daemon=True).start()
         try:
-            return await asyncio.wait_for(locked.wait(), wait)
+            async with asyncio.timeout(wait):
+                return await locked.wait()
         except TimeoutError:
             text = f"template_path: {self.path}: another has been making a template for {wait:g} s"
             raise ShimError("deadline-exceeded", text) from None

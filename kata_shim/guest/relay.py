@@ -89,8 +89,8 @@ class Relays:
         try:
             data = source.read()
             if not source.ended:
-                if len(self._sources) >= MAX_RELAYS:
-                    raise ShimError("resource-exhausted", f"more than {MAX_RELAYS} relays at once")
+                if len(self._sources) >= MAX_RELAYS:  # the oldest is one whose caller has gone
+                    self._sources.pop(next(iter(self._sources))).close()
                 number = next(self._ids)
                 self._sources[number] = source
         except OSError as error:

@@ -34,6 +34,8 @@ class Connection(NamedTuple):
 def read(line: str) -> Connection | None:
     """Return what a line tells; None for the heading and for whatever is no connection."""
     words = line.split(maxsplit=10)
+    if not line.isprintable():  # a guest's, on its way to somebody's terminal
+        return None
     if len(words) not in (9, 11) or not words[8].isdecimal():
         return None
     ends = [_end(*words[at : at + 2]) for at in (1, 3, 5)]

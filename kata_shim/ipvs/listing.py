@@ -140,19 +140,25 @@ def rule(command: Command) -> str:
     return _saved_server(name, command.server, key.protocol, NUMERIC, switch)
 
 
-def as_json(services: Iterable[ServiceState]) -> list[dict[str, object]]:
-    """Return the table as JSON values, in the order of a listing; times are in seconds."""
+def as_json(services: Iterable[ServiceState], views: Set[str] = frozenset()) -> list[dict[str, object]]:
+    """Return the table as JSON values, in the order of a listing; what is not there, or 0, is left out.
+
+    Times are in seconds; what went through is told in the views "stats" and "rate".
+    """
+    counted = bool(views & {"stats", "rate"})
     return [
         {
             **_json_key(state.service.key),
             "scheduler": state.service.scheduler,
-            "flags": [name for name in sched_flags(state.service).split(",") if name],
-            "persistent": state.service.timeout if state.service.flags & PERSISTENT else None,
-            "netmask": _mask(state.service) or None,
-            "engine": state.service.engine or None,
-            "ops": bool(state.service.flags & ONE_PACKET),
-            "stats": state.stats._asdict(),
-            "servers": [_json_server(server) for server in in_order_of(state)],
+            **_there(
+                flags=[name for name in sched_flags(state.service).split(",") if name],
+                persistent=state.service.timeout if state.service.flags & PERSISTENT else 0,
+                netmask=_mask(state.service),
+                engine=state.service.engine,
+                ops=bool(state.service.flags & ONE_PACKET),
+                stats=_json_stats(state.stats) if counted else None,
+            ),
+            "servers": [_json_server(server, counted) for server in in_order_of(state)],
         }
         for state in in_order(services)
     ]
@@ -183,9 +189,9 @@ def in_order_of(service: ServiceState, views: Set[str] = frozenset()) -> list[Se
 
 
 def sched_flags(service: Service) -> str:
-    """Return the scheduler's flags as `-b` takes them, "" for none."""
-    known = _FLAG_NAMES.get(service.scheduler, _FLAG_NUMBERS)
-    return ",".join(name for flag, name in known if service.flags & flag)
+    """Return the scheduler's flags as `-b` takes them, by their names or else numbers; "" for none."""
+    names = dict(_FLAG_NUMBERS) | dict(_FLAG_NAMES.get(service.scheduler, ()))
+    return ",".join(name for flag, name in names.items() if service.flags & flag)
 
 
 def _json_key(key: Key) -> dict[str, object]:
@@ -195,7 +201,7 @@ def _json_key(key: Key) -> dict[str, object]:
     return {"protocol": protocol, "address": address.render(key.address), "port": key.port}
 
 
-def _json_server(state: ServerState) -> dict[str, object]:
+def _json_server(state: ServerState, counted: bool) -> dict[str, object]:
     server = state.server
     tunnel: dict[str, object] | None = None
     if server.forward == TUNNEL:
@@ -206,13 +212,27 @@ def _json_server(state: ServerState) -> dict[str, object]:
         "port": server.port,
         "forward": _FORWARDS.get(server.forward, "?").lower(),
         "weight": server.weight,
-        "upperThreshold": server.upper,
-        "lowerThreshold": server.lower,
-        "tunnel": tunnel,
-        "active": state.active,
-        "inactive": state.inactive,
-        "persistent": state.persistent,
-        "stats": state.stats._asdict(),
+        **_there(
+            upperThreshold=server.upper,
+            lowerThreshold=server.lower,
+            tunnel=tunnel,
+            active=state.active,
+            inactive=state.inactive,
+            persistent=state.persistent,
+            stats=_json_stats(state.stats) if counted else None,
+        ),
+    }
+
+
+def _there(**values: object) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value}
+
+
+def _json_stats(stats: Stats) -> dict[str, int]:
+    return {
+        first + "".join(map(str.capitalize, rest)): value
+        for name, value in stats._asdict().items()
+        for first, *rest in [name.split("_")]
     }
 
 

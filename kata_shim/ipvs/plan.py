@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kata_shim.ipvs.command import Command, Verb
 from kata_shim.ipvs.rules import Key, Server, Service, ServiceState
@@ -56,6 +56,32 @@ def of_states(states: Iterable[ServiceState]) -> Table:
         state.service.key: Entry(state.service, {each.server[:3]: each.server for each in state.servers})
         for state in states
     }
+
+
+def to_json(table: Table) -> list[object]:
+    """Return the table as JSON values, none of which is lost: `from_json` makes the same of them."""
+    return [
+        [_packed(service.key), list(service[1:]), [_packed(server) for server in servers.values()]]
+        for service, servers in table.values()
+    ]
+
+
+def from_json(value: Any) -> Table:
+    """Return the table that `to_json` was given; raises TypeError or ValueError for what is none."""
+    table: Table = {}
+    for key, options, servers in value:
+        service = Service(Key(*_unpacked(key, 2)), *options)
+        found = [Server(*_unpacked(server, 1)) for server in servers]
+        table[service.key] = Entry(service, {server[:3]: server for server in found})
+    return table
+
+
+def _packed(values: Key | Server) -> list[object]:
+    return [value.hex() if isinstance(value, bytes) else value for value in values]
+
+
+def _unpacked(values: list[Any], address: int) -> list[Any]:
+    return [bytes.fromhex(value) if place == address else value for place, value in enumerate(values)]
 
 
 def changes(have: Table, want: Table) -> list[Command]:

@@ -7,6 +7,9 @@ ip_vs_info_seq_show.
 
 from __future__ import annotations
 
+from io import BytesIO
+from itertools import islice
+
 from kata_shim.ipvs.address import parse_v6
 from kata_shim.ipvs.rules import (
     AF_INET,
@@ -41,7 +44,7 @@ def read(data: bytes) -> dict[Key, tuple[ServerState, ...]]:
     table: dict[Key, tuple[ServerState, ...]] = {}
     servers: list[ServerState] = []
     key: Key | None = None
-    for line in data.split(b"\n")[HEADINGS:]:
+    for line in islice(BytesIO(data), HEADINGS, None):
         words = line.split()
         if not words:
             continue

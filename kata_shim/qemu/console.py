@@ -45,7 +45,8 @@ class Console:
         """Wait until what a dead QEMU had still written is read."""
         if self._task is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._task), 1.0)
+                async with asyncio.timeout(1.0):
+                    await asyncio.shield(self._task)
 
     async def close(self) -> None:
         """Stop reading."""

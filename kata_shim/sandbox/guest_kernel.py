@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from io import BytesIO
 from itertools import islice
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from kata_shim.qemu.monitor import run_to_end
 
 CHUNK = 256  # rules in one message to the guest
 IN_FLIGHT = 4  # chunks
-MAX_SAID = 64 << 20  # bytes; many times what the documents' most rules take
+MAX_SAID = 24 << 20  # bytes; three times what the documents' most rules take
 MAX_NAMES = 1 << 20  # bytes of a file
 
 _PROC = "ip_vs"
@@ -75,13 +76,15 @@ class GuestKernel:
                     waiting.append(asyncio.create_task(self._send(chunk, family)))
                 if not waiting:
                     return
-                done += await waiting[0]
-                del waiting[0]
+                await asyncio.wait(waiting[:1])
+                done += waiting.pop(0).result()
                 await tell(done, total)
         finally:
             # What has been sent the kernel does; undoing it must come after that.
             if waiting:
                 await asyncio.wait(waiting)
+            for task in waiting:
+                task.exception()  # which is not the first, and so nobody's
 
     async def count(self) -> int:
         """Return how many services and servers there are."""
@@ -113,7 +116,7 @@ class GuestKernel:
         """Return the synchronisation daemons that run."""
         family = await self._number()
         running = []
-        for answer in await self._ask([wire.request(Op.GET_DAEMON, family, 1)]):
+        for answer in await self._dump([wire.request(Op.GET_DAEMON, family, 1)]):
             if answer.errno:
                 raise RefusedError(Verb.LIST, answer.errno)
             if answer.kind == family:
@@ -122,15 +125,23 @@ class GuestKernel:
 
     async def connections(self) -> list[Connection]:
         """Return the connections that IPVS knows."""
-        lines = (await self._agent.read_table(_CONNECTIONS, MAX_SAID)).decode(errors="replace").splitlines()
+        said = BytesIO(await self._agent.read_table(_CONNECTIONS, MAX_SAID))
+        lines = (line.decode(errors="replace").rstrip("\n") for line in said)
         return [known for line in lines if (known := connections.read(line)) is not None]
 
     async def names(self) -> FileNames:
         """Return who knows the names of hosts and services in the guest."""
-        hosts, services = await asyncio.gather(
-            *(self._agent.read_table(name, MAX_NAMES) for name in ("hosts", "services"))
-        )
+        hosts, services = await asyncio.gather(*(self._file(name) for name in ("hosts", "services")))
         return FileNames(hosts.decode(errors="replace"), services.decode(errors="replace"))
+
+    async def _file(self, name: str) -> bytes:
+        """Return a file that only makes names of numbers: one that is too long makes none."""
+        try:
+            return await self._agent.read_table(name, MAX_NAMES)
+        except ShimError as error:
+            if error.code != "data-loss":
+                raise
+            return b""
 
     async def delete_flows(self, cleanup: Cleanup) -> int:
         """Delete the conntrack entries first sent to an address by a protocol; return how many there were."""
@@ -166,6 +177,7 @@ class GuestKernel:
             if index not in verbs:
                 raise ShimError("data-loss", "the guest's kernel answers to a command that it was not given")
             if answer.errno:
+                self._family = 0  # which ENOENT may mean: it is another once the module was loaded anew
                 raise RefusedError(verbs[index], answer.errno, index)
             acknowledged = acknowledged or index == last
         if not acknowledged:
@@ -175,8 +187,10 @@ class GuestKernel:
     async def _services(self, key: Key | None = None) -> list[ServiceState]:
         family = await self._number()
         states = []
-        for answer in await self._ask([wire.request(Op.GET_SERVICE, family, 1, key)]):
+        asked = [wire.request(Op.GET_SERVICE, family, 1, key)]
+        for answer in await (self._dump(asked) if key is None else self._ask(asked)):
             if answer.errno:
+                self._family = 0
                 raise RefusedError(Verb.LIST, answer.errno)
             if answer.kind == family:
                 states.append(_checked(wire.read_service, answer.body))
@@ -189,8 +203,10 @@ class GuestKernel:
         keys = [state.service.key for state in states]
         servers: list[list[ServerState]] = [[] for _ in states]
         asked = [wire.request(Op.GET_DEST, family, index, key) for index, key in enumerate(keys, 1)]
-        for answer in await self._ask(asked):
+        for answer in await self._dump(asked):
             index = answer.sequence - 1
+            if answer.errno:
+                raise RefusedError(Verb.LIST, answer.errno)
             if answer.kind == family and 0 <= index < len(keys):
                 read = partial(wire.read_server, family=keys[index].family)
                 servers[index].append(_checked(read, answer.body))
@@ -213,6 +229,15 @@ class GuestKernel:
                 if answer.kind >= netlink.NLMSG_MIN_TYPE:
                     self._family = _checked(wire.read_family, answer.body)
         return self._family
+
+    async def _dump(self, messages: list[bytes]) -> list[Answer]:
+        """Ask for dumps, numbered from 1; raises `data-loss` unless each is told to its end."""
+        answers = list(await self._ask(messages))
+        ends = (netlink.NLMSG_DONE, netlink.NLMSG_ERROR)
+        ended = {answer.sequence for answer in answers if answer.kind in ends}
+        if not ended >= set(range(1, len(messages) + 1)):
+            raise ShimError("data-loss", "the guest's kernel does not tell its table to the end")
+        return answers
 
     async def _ask(self, messages: list[bytes], protocol: int = wire.PROTOCOL) -> Iterator[Answer]:
         pieces = await self._agent.netlink(protocol, messages, MAX_SAID)

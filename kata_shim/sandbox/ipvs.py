@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import orjson
 
 from kata_shim import log
 from kata_shim.contract.ipvs import MAX_RULES, Cleanup
 from kata_shim.errors import ShimError
 from kata_shim.ipvs import connections, listing, plan
 from kata_shim.ipvs.command import Command, Verb
-from kata_shim.ipvs.language import parse
 from kata_shim.ipvs.plan import Table
-from kata_shim.ipvs.rules import ServiceState
 from kata_shim.qemu.monitor import run_to_end
-from kata_shim.sandbox.guest_kernel import GuestKernel, Tell
+from kata_shim.sandbox.guest_kernel import GuestKernel, RefusedError, Tell
 
 # Views that are not told in short.
 _IN_FULL = {"stats", "rate", "thresholds", "persistent-conn", "tun-info"}
@@ -50,6 +50,10 @@ class Ipvs:
         If `limited`, `resource-exhausted` is raised beyond the documents' most rules.
         """
         async with self._changing:
+            if command.verb is Verb.CLEAR:  # whatever there was before: the way out of any trouble with that
+                await run_to_end(self.kernel.do(command))
+                self._before.unlink(missing_ok=True)
+                return
             await self._mend()
             if limited and command.verb in (Verb.ADD_SERVICE, Verb.ADD_SERVER):
                 count = await self.kernel.count()
@@ -69,28 +73,29 @@ class Ipvs:
                 raise ShimError(
                     "failed-precondition", f"the guest has {count} IPVS rules; delete them before restoring"
                 )
-            await self._whole_or_gone([], commands, tell)
+            await self._whole_or_gone({}, commands, tell)
 
     async def apply(self, commands: Sequence[Command], tell: Tell) -> None:
         """Do rules on whatever table there is; on any failure it has the rules it had. Else as `fill`."""
         async with self._changing:
             await self._mend()
-            await self._whole_or_gone(await self.kernel.services(), commands, tell)
+            await self._whole_or_gone(plan.of_states(await self.kernel.services()), commands, tell)
 
     async def replace(self, want: Table, tell: Tell, *, dry: bool) -> list[Command]:
         """Make the table `want` by the fewest changes, and return them; if `dry`, only return them.
 
         Services that stay keep their connections and counters. On any failure the table has the rules it had.
+        An earlier change that was cut is taken back first, also if `dry`.
         """
         size = sum(1 + len(entry.servers) for entry in want.values())
         if size > MAX_RULES:
             raise _too_many(f"there would be {size}")
         async with self._changing:
             await self._mend()
-            states = await self.kernel.services()
-            changes = plan.changes(plan.of_states(states), want)
+            have = plan.of_states(await self.kernel.services())
+            changes = plan.changes(have, want)
             if changes and not dry:
-                await self._whole_or_gone(states, changes, tell)
+                await self._whole_or_gone(have, changes, tell)
         return changes
 
     async def listing(self, command: Command) -> str:
@@ -115,11 +120,9 @@ class Ipvs:
         """Delete the conntrack entries first sent to an address by a protocol; return how many there were."""
         return await self.kernel.delete_flows(cleanup)
 
-    async def _whole_or_gone(
-        self, states: Iterable[ServiceState], commands: Sequence[Command], tell: Tell
-    ) -> None:
-        """Do commands, or go back to the table that was."""
-        _write(self._before, "".join(listing.saved(states)))
+    async def _whole_or_gone(self, have: Table, commands: Sequence[Command], tell: Tell) -> None:
+        """Do commands, or go back to the table that there is."""
+        _write(self._before, orjson.dumps(plan.to_json(have)))
         try:
             await self.kernel.load(commands, tell)
         except BaseException:
@@ -130,16 +133,20 @@ class Ipvs:
     async def _mend(self) -> None:
         """Go back to the table before a change that is not whole."""
         try:
-            rules = self._before.read_text().splitlines()
+            want = plan.from_json(orjson.loads(self._before.read_bytes()))
         except FileNotFoundError:
             return
-        log.info("taking back a change of IPVS rules", rules=len(rules))
-        if not rules:
-            await self.kernel.do(Command(Verb.CLEAR))
-        else:
-            want = plan.of_rules(parse(rule.split()) for rule in rules)
-            have = plan.of_states(await self.kernel.services())
-            await self.kernel.load(plan.changes(have, want), _tell_nobody)
+        except (TypeError, ValueError) as error:
+            raise ShimError("data-loss", f"{self._before}: not a table of this version: {error}") from None
+        log.info("taking back a change of IPVS rules", services=len(want))
+        try:
+            if want:
+                have = plan.of_states(await self.kernel.services())
+                await self.kernel.load(plan.changes(have, want), _tell_nobody)
+            else:
+                await self.kernel.do(Command(Verb.CLEAR))
+        except RefusedError as error:
+            raise ShimError("aborted", f"an earlier change cannot be taken back: {error.message}") from None
         self._before.unlink()
 
 
@@ -151,11 +158,11 @@ def _too_many(what: str) -> ShimError:
     return ShimError("resource-exhausted", f"{what} IPVS rules; {MAX_RULES} are the limit")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; raises ShimError `resource-exhausted`."""
     new = path.with_suffix(".new")
     try:
-        new.write_text(text)
+        new.write_bytes(data)
         os.replace(new, path)
     except OSError as error:
         with suppress(FileNotFoundError):

@@ -243,7 +243,9 @@ class Sandbox:
         a record, and there is only a directory to delete.
         """
         try:
-            await asyncio.wait_for(self._asked.wait(), ASKED_TIMEOUT)
+            # Not wait_for, which before Python 3.12 forgets a cancellation that comes along with the end.
+            async with asyncio.timeout(ASKED_TIMEOUT):
+                await self._asked.wait()
         except TimeoutError:
             raise ShimError(
                 "failed-precondition", f"sandbox {self.id} was never started; delete it"
@@ -264,7 +266,8 @@ class Sandbox:
     async def abandon_unless_asked(self, timeout: float) -> None:
         """Clear the directory when no start comes: who made it has died since."""
         try:
-            await asyncio.wait_for(self._asked.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._asked.wait()
         except TimeoutError:
             self.lifecycle.state = "deleting"
             await self._clear()

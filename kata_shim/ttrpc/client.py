@@ -47,6 +47,7 @@ class Client(asyncio.Protocol):
         self._link = link_layer.SerialLink() if link else None
         self._nonce = ""  # of the reset whose echo is awaited, or by which the link was opened
         self._opened = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._ready = asyncio.Event()  # calls may be written, or never will be
         self._closed = asyncio.Event()
         self._cause: ShimError | None = None
@@ -120,9 +121,10 @@ class Client(asyncio.Protocol):
         reset = b"" if self._nonce or self._opened.is_set() else self._reset()
         try:
             async with asyncio.timeout(None if timeout is None else timeout + _GRACE):
-                while not self._ready.is_set():
-                    await self._ready.wait()
-                stream_id = self._send(payload, future, reset)
+                async with self._turn:  # requests that wait are written in their order
+                    while not self._ready.is_set():
+                        await self._ready.wait()
+                    stream_id = self._send(payload, future, reset)
                 answer = await future
         except TimeoutError:
             message = f"{self.name}: no answer to {service}/{method} within {timeout:g} s"

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.quick
 
 USAGE = b"usage: kata-runtime [--root DIR] COMMAND [ARGUMENT]...\n"
 RUNNING = {"id": "a1", "state": "running", "pid": 7, "accelerator": "tcg", "created": "2024-01-01T00:00:00Z"}
-COMMANDS = ["run", "list", "state", "exec", "delete", "kata-network", "kata-check", "factory", "version"]
+COMMANDS = [
+    "run", "list", "state", "exec", "delete", "kata-network", "kata-ipvs", "kata-check", "factory", "version"
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -57,8 +59,9 @@ def test_help_for_each_command(state: Path, command: str, how: str) -> None:
     assert text.startswith(f"usage: kata-runtime [--root DIR] {command}".encode())
 
 
-def test_help_for_kata_network_as_a_word(state: Path) -> None:
-    assert cli(state, "kata-network", "help") == cli(state, "help", "kata-network")
+@pytest.mark.parametrize("group", ["kata-network", "kata-ipvs"])
+def test_help_for_a_group_as_a_word(state: Path, group: str) -> None:
+    assert cli(state, group, "help") == cli(state, "help", group)
 
 
 @pytest.mark.parametrize("words", [["version"], ["--version"], ["-v"]])

@@ -143,7 +143,9 @@ def test_interpreter_that_cannot_be_started(host: Host) -> None:
 @pytest.mark.parametrize("config", [(), ("--config", '/a "\\\x01é')])
 def test_a_start_takes_no_slow_imports(host: Host, config: tuple[str, ...]) -> None:
     """Each of these takes longer to import than all that `run --detach` needs, also to show a warning."""
-    tell = "import os; end = os._exit; os._exit = lambda status: (print(*sys.modules), end(status))"
+    tell = (
+        "import os; end = os._exit; os._exit = lambda status: (print(*sys.modules, flush=True), end(status))"
+    )
     command = [sys.executable, "-c", f"import sys; {tell}; {LAUNCHER}", str(host.interpreter)]
     words = ["--root", str(host.root), "run", "--detach", *config, "a"]
     variables = {**environment(), "BEHAVIOUR": "", "PYTHONPATH": str(SHIM.parents[2])}

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from kata_shim import __version__
 from kata_shim.errors import ShimError
 from kata_shim.guest.pci import interface_at, is_at
+from kata_shim.guest.relay import MAX_RELAYS, PIECE
 from kata_shim.protos.agent_pb2 import (
     AddARPNeighborsRequest,
     ARPNeighbors,
@@ -32,9 +34,12 @@ from kata_shim.protos.guest_pb2 import (
     AddRouteRequest,
     ClaimRequest,
     CloseStdinRequest,
+    CountTableRequest,
     DeleteRoutesRequest,
     KillCommandRequest,
     ReadOutputRequest,
+    ReadTableRequest,
+    RelayNetlinkRequest,
     StartCommandRequest,
     WaitCommandRequest,
     WriteStdinRequest,
@@ -324,3 +329,50 @@ class TestCommands:
             request = ReadOutputRequest(command_id=command, stream=STDOUT, len=100)
             pid = int((await call(other, "ReadOutput", request)).data)
         await gone(pid)
+
+
+# Generic netlink's CTRL_CMD_GETFAMILY, dumped: every kernel answers with some kilobytes.
+FAMILIES = struct.pack("=IHHIIBBH", 20, 0x10, 0x301, 1, 0, 3, 2, 0)
+GENERIC = 16
+
+
+class TestRelays:
+    async def test_answers_come_in_pieces(self, client: Client) -> None:
+        whole = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES])
+        once = (await call(client, "RelayNetlink", whole)).data
+        count = 3 * PIECE // len(once)
+        answer = await call(
+            client, "RelayNetlink", RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES] * count)
+        )
+        pieces = [answer.data]
+        while answer.relay_id:
+            assert len(answer.data) >= PIECE
+            answer = await call(client, "RelayNetlink", RelayNetlinkRequest(relay_id=answer.relay_id))
+            pieces.append(answer.data)
+        assert (len(pieces) > 2, b"".join(pieces)) == (True, once * count)
+
+    async def test_what_nobody_takes_gives_way(self, client: Client) -> None:
+        """Callers that went away in the middle must not use up what others need."""
+        many = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES] * 1000)
+        ids = [(await call(client, "RelayNetlink", many)).relay_id for _ in range(MAX_RELAYS + 3)]
+        assert all(ids)
+        for number in ids[:3]:
+            code, text = await refused(client, "RelayNetlink", RelayNetlinkRequest(relay_id=number))
+            assert (code, text) == ("invalid-argument", f"relay_id: {number} is none that has more to tell")
+        for number in ids[3:]:
+            assert (await call(client, "RelayNetlink", RelayNetlinkRequest(relay_id=number))).data
+
+    async def test_only_what_is_needed_is_relayed(self, client: Client) -> None:
+        for method, request in (
+            ("RelayNetlink", RelayNetlinkRequest(protocol=0, messages=[FAMILIES])),
+            ("ReadTable", ReadTableRequest(name="../shadow")),
+            ("CountTable", CountTableRequest(name="/etc/shadow")),
+        ):
+            code, _ = await refused(client, method, request)
+            assert code == "invalid-argument"
+
+    async def test_a_file_that_is_not_there_says_nothing(self, client: Client) -> None:
+        assert (await call(client, "CountTable", CountTableRequest(name="ip_vs"))).lines == 0
+        answer = await call(client, "ReadTable", ReadTableRequest(name="ip_vs"))
+        assert (answer.data, answer.relay_id) == (b"", 0)
+        assert b"localhost" in (await call(client, "ReadTable", ReadTableRequest(name="hosts"))).data

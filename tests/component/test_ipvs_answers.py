@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from kata_shim.agent import Agent
 from kata_shim.contract.ipvs import parse_cleanup, parse_parameters, parse_rules
 from kata_shim.errors import ShimError
-from kata_shim.ipvs import netlink
+from kata_shim.ipvs import netlink, wire
+from kata_shim.ipvs.command import Command, Verb
 from kata_shim.sandbox.guest_kernel import GuestKernel
 from kata_shim.sandbox.ipvs import Ipvs
 
@@ -89,6 +91,42 @@ async def test_an_answer_to_another_message_names_no_rule_of_ours(tmp_path: Path
     assert caught.value.code == "data-loss"
 
 
+def done(sequence: int = 1) -> bytes:
+    """The end of a dump."""
+    return netlink.message(3, 0, sequence, bytes(4), b"")
+
+
+async def test_a_table_that_is_not_told_to_its_end_is_none(tmp_path: Path) -> None:
+    """What is missing there would be deleted by an undo."""
+    service = wire.message(Command(Verb.ADD_SERVICE, parse_parameters(RULE).service), 32, 1)
+    for answers in ([service], [service + done()], [service + done(), done(7)]):
+        with pytest.raises(ShimError) as caught:
+            await ipvs(Liar([family(), *answers]), tmp_path).kernel.services()
+        assert caught.value.message == "the guest's kernel does not tell its table to the end"
+    (state,) = await ipvs(Liar([family(), service + done(), done()]), tmp_path).kernel.services()
+    assert state.service == parse_parameters(RULE).service
+
+
+async def test_an_unreadable_table_to_go_back_to_hinders_changes_but_a_clear_one(tmp_path: Path) -> None:
+    (tmp_path / "ipvs-before").write_text('[["none"]]')
+    table = ipvs(Liar([family(), acknowledgement(1)]), tmp_path)
+    with pytest.raises(ShimError) as caught:
+        await table.change(parse_parameters(RULE), limited=True)
+    assert caught.value.code == "data-loss"
+    await table.reconcile()  # says so in the log, and lets the sandbox be taken over
+    await table.change(Command(Verb.CLEAR), limited=False)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_change_that_cannot_be_taken_back_names_no_rule(tmp_path: Path) -> None:
+    (tmp_path / "ipvs-before").write_text("[]")
+    table = ipvs(Liar([family(), acknowledgement(1, 1)]), tmp_path)
+    with pytest.raises(ShimError) as caught:
+        await table.change(parse_parameters(RULE), limited=True)
+    assert caught.value.code == "aborted"
+    assert caught.value.message.startswith("an earlier change cannot be taken back: ")
+
+
 async def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShimError) as caught:
         await ipvs(Liar([], lines=2**63), tmp_path).change(parse_parameters(RULE), limited=True)
@@ -96,7 +134,7 @@ async def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None
 
 
 async def test_a_table_that_no_kernel_writes_is_refused(tmp_path: Path) -> None:
-    liar = Liar([family()], table=b"a\nb\nc\nTCP  \x1b[2J:00 rr\n")
+    liar = Liar([family(), done()], table=b"a\nb\nc\nTCP  \x1b[2J:00 rr\n")
     with pytest.raises(ShimError) as caught:
         await ipvs(liar, tmp_path).listing(parse_parameters("-L"))
     assert "/proc/net/ip_vs" in caught.value.message

@@ -129,6 +129,49 @@ def test_a_firewall_mark_has_no_sign() -> None:
     assert listed(services=made("-A -f 4294967295")).endswith("FWM  4294967295 wlc\n")
 
 
+def test_a_flag_of_no_schedulers_is_listed_by_its_number() -> None:
+    services = made("-A -t 10.0.0.1:80 -s sh -b flag-3,sh-port")
+    assert listed(services=services).endswith("TCP  10.0.0.1:80 sh (sh-port,flag-3)\n")
+    assert "".join(listing.saved(services)) == "-A -t 10.0.0.1:80 -s sh -b sh-port,flag-3\n"
+    assert made("-A -t 10.0.0.1:80 -s sh -b sh-port,flag-3") == services
+
+
+def test_a_table_as_json() -> None:
+    services = made(
+        "-A -t 10.0.0.1:80 -s sh -b sh-port -p 60 -M 255.255.0.0\n"
+        "-a -t 10.0.0.1:80 -r 10.0.0.2 -m -x 5\n"
+        "-a -t 10.0.0.1:80 -r [fd00::1]:80 -i --tun-type gue --tun-port 6080 --tun-csum -w 0\n"
+        "-A -f 7 -6 -o\n"
+    )
+    assert listing.as_json(services) == [
+        {
+            "protocol": "tcp",
+            "address": "10.0.0.1",
+            "port": 80,
+            "scheduler": "sh",
+            "flags": ["sh-port"],
+            "persistent": 60,
+            "netmask": "255.255.0.0",
+            "servers": [
+                {"address": "10.0.0.2", "port": 80, "forward": "masq", "weight": 1, "upperThreshold": 5},
+                {
+                    "address": "fd00::1",
+                    "port": 80,
+                    "forward": "tunnel",
+                    "weight": 0,
+                    "tunnel": {"type": "gue", "port": 6080, "checksum": "checksum"},
+                },
+            ],
+        },
+        {"fwmark": 7, "ipv6": True, "scheduler": "wlc", "ops": True, "servers": []},
+    ]
+    (one,) = listing.as_json(with_stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), {"stats"})
+    assert one["stats"] == {
+        "connections": 1, "inPackets": 2, "outPackets": 3, "inBytes": 4, "outBytes": 5,
+        "connectionRate": 6, "inPacketRate": 7, "outPacketRate": 8, "inByteRate": 9, "outByteRate": 10,
+    }  # fmt: skip
+
+
 def test_thresholds() -> None:
     lines = listed("thresholds").splitlines()
     assert lines[1] == "Prot LocalAddress:Port            Uthreshold Lthreshold ActiveConn InActConn "
@@ -283,6 +326,14 @@ def test_connections() -> None:
         "UDP 00:45  NONE        10.0.0.5:0         10.0.0.1:5060      172.16.0.1:5060  "
         "sip                call-1@host"
     )
+
+
+@pytest.mark.parametrize("place", [0, 7, 9, 10])
+def test_a_connection_that_would_move_a_cursor_is_none(place: int) -> None:
+    words = CONNECTIONS.splitlines()[2].split()
+    assert connections.read(" ".join(words)) is not None
+    words[place] = "\x1b[2J"
+    assert connections.read(" ".join(words)) is None
 
 
 @given(st.text(max_size=80))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kata_shim.ipvs.command import Command, Verb
 from kata_shim.ipvs.language import parse
-from kata_shim.ipvs.plan import Entry, PlanError, Table, changes, of_rules, of_states
-from kata_shim.ipvs.rules import AF_INET, TCP, Key, Server, ServerState, Service, ServiceState
+from kata_shim.ipvs.plan import Entry, PlanError, Table, changes, from_json, of_rules, of_states, to_json
+from kata_shim.ipvs.rules import (
+    AF_INET,
+    AF_INET6,
+    GUE,
+    SCHED_1,
+    SCHED_2,
+    SCHED_3,
+    TCP,
+    Key,
+    Server,
+    ServerState,
+    Service,
+    ServiceState,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -70,6 +85,26 @@ def _differences(have: Entry | None, want: Entry | None) -> int:
     return (have.service != want.service) + sum(
         have.servers.get(name) != want.servers.get(name) for name in named
     )
+
+
+@given(tables)
+def test_a_table_comes_back_from_json_as_it_was(table: Table) -> None:
+    assert from_json(json.loads(json.dumps(to_json(table)))) == table
+
+
+def test_odd_services_come_back_from_json_too() -> None:
+    """What no line of ipvsadm's says, or says otherwise, is not lost."""
+    key = Key(AF_INET6, fwmark=2**32 - 1)
+    service = Service(key, "", SCHED_1 | SCHED_2 | SCHED_3, 2**32 - 1, 0, "sip")
+    server = Server(AF_INET6, bytes(range(16)), 65535, 7, 2**32 - 1, 2**32 - 1, 1, GUE, 1, 65535)
+    table = {key: Entry(service, {server[:3]: server})}
+    assert from_json(json.loads(json.dumps(to_json(table)))) == table
+
+
+@pytest.mark.parametrize("value", [None, 1, [1], [[1]], [[[2, 6, "zz", 80, 0], [], []]], {"a": 1}, "abc"])
+def test_json_that_is_no_table_is_refused(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        from_json(value)
 
 
 def test_new_servers_come_before_old_ones_go() -> None:
