@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from bench import cases, memory, report, start, waterfall
+from bench import cases, ipvs, memory, report, start, waterfall
 from bench.cases import Comparison
 from bench.leaks import leaks
 from bench.leaks import text as leaks_text
@@ -24,6 +24,11 @@ NETWORK: dict[str, Callable[[Stand, int], list[Comparison]]] = {
     "c": cases.at_once,
     "d": cases.requests,
     "e": reattach,
+}
+IPVS: dict[str, Callable[[Stand, int], list[Comparison]]] = {
+    "k": ipvs.restore,
+    "m": ipvs.single,
+    "n": ipvs.memory,
 }
 FACTORY: dict[str, Callable[[Ground, int], list[Comparison]]] = {
     "f": start.ways,
@@ -39,7 +44,7 @@ ROUNDS, CYCLES = 15, 1000
 def main() -> None:
     """Run the command line."""
     options = argparse.ArgumentParser(prog="bench/run", description=__doc__)
-    names = [*NETWORK, *FACTORY, WATERFALL, LEAKS]
+    names = [*NETWORK, *IPVS, *FACTORY, WATERFALL, LEAKS]
     options.add_argument(
         "cases", nargs="*", metavar="CASE", choices=[*names, []], help="default: all but leaks"
     )
@@ -50,12 +55,13 @@ def main() -> None:
     wanted = given.cases or names[:-1]
     with Ground() as ground:
         machine = report.machine(_accelerator(ground))
-        if letters := [case for case in wanted if case in NETWORK]:
-            found = []
-            with Stand(ground) as stand:
-                for letter in letters:
-                    found += NETWORK[letter](stand, given.rounds)
-            _give("network", machine, report.table(found), given, whole=len(letters) == len(NETWORK))
+        for section, group in (("network", NETWORK), ("ipvs", IPVS)):
+            if letters := [case for case in wanted if case in group]:
+                found = []
+                with Stand(ground) as stand:
+                    for letter in letters:
+                        found += group[letter](stand, given.rounds)
+                _give(section, machine, report.table(found), given, whole=len(letters) == len(group))
         if letters := [case for case in wanted if case in FACTORY]:
             found = [row for letter in letters for row in FACTORY[letter](ground, given.rounds)]
             _give("factory", machine, report.table(found), given, whole=len(letters) == len(FACTORY))

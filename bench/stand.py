@@ -31,10 +31,10 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def send(self, *requests: tuple[str, object]) -> None:
+    def send(self, *requests: tuple[str, object], group: str = "kata-network") -> None:
         """Send requests in a row; their ids are 0, 1, 2, …"""
         lines = [
-            json.dumps({"id": number, "method": f"kata-network.{method}", "params": params}).encode() + b"\n"
+            json.dumps({"id": number, "method": f"{group}.{method}", "params": params}).encode() + b"\n"
             for number, (method, params) in enumerate(requests)
         ]
         self._socket.sendall(b"".join(lines))
