@@ -15,7 +15,9 @@ import os
 
 # json and socket.py take as long to import as a bare interpreter takes to start.
 from _json import scanstring
+from _signal import set_wakeup_fd  # type: ignore[import-not-found]  # typeshed has only signal.py
 from _socket import AF_UNIX, SOCK_STREAM, socket
+from select import POLLIN, poll
 
 from kata_shim.errors import CODES, ShimError
 
@@ -29,6 +31,8 @@ MAX_ID = 64
 MAX_SUN_PATH = 107
 CANCEL_TIMEOUT = 20.0
 DEFAULT_ROOT = "/run/kata-shim"
+
+_woken = -1  # see _wake
 
 _ID_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
 
@@ -181,10 +185,28 @@ class Connection:
     def answer(self, call_id: int, progress: Callable[[Any], None] | None = None) -> bytes:
         """Wait for the end of a request that was sent and return its result. Raises as `call` does."""
         while True:
+            try:
+                self._wait()
+            except KeyboardInterrupt:
+                raise _Interrupted from None
             for line in self.receive():
                 result = self.judge(line, call_id, progress)
                 if result is not None:
                     return result
+
+    def _wait(self) -> None:
+        """Wait until there is something to receive; raises TimeoutError after the socket's timeout.
+
+        A signal that comes just before is heard, too: recv(2) alone would sleep on it.
+        """
+        data, wake, timeout = self.socket.fileno(), _wake(), self.socket.gettimeout()
+        waiting = poll()
+        waiting.register(data, POLLIN)
+        waiting.register(wake, POLLIN)
+        while data not in (ready := dict(waiting.poll(None if timeout is None else timeout * 1000))):
+            if not ready:
+                raise TimeoutError
+            os.read(wake, 64)  # of a signal that was no reason to stop
 
     def receive(self) -> list[bytes]:
         """Return the next whole lines, without their newlines, waiting for more bytes once; may be empty.
@@ -258,6 +280,15 @@ class Connection:
         if self.warn is not None and isinstance(warnings, list):
             for text in warnings:
                 self.warn(str(text))
+
+
+def _wake() -> int:
+    """Return a descriptor that is readable once a signal has come; for the main thread alone."""
+    global _woken
+    if _woken < 0:
+        _woken, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        set_wakeup_fd(waking, warn_on_full_buffer=False)
+    return _woken
 
 
 def cancellation(call_id: int) -> bytes:
