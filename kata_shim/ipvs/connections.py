@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Set
 from typing import NamedTuple
 
 from kata_shim.ipvs import address
-from kata_shim.ipvs.listing import NUMERIC, Names
+from kata_shim.ipvs.names import NUMERIC, Names
 from kata_shim.ipvs.rules import SCTP, TCP, UDP
 
 _PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}

@@ -7,6 +7,7 @@ from typing import NoReturn
 from kata_shim.ipvs import legal
 from kata_shim.ipvs.address import parse_v4, parse_v4_loosely, parse_v6
 from kata_shim.ipvs.command import Command, UsageError, Verb
+from kata_shim.ipvs.names import Names
 from kata_shim.ipvs.options import Given
 from kata_shim.ipvs.rules import (
     AF_INET,
@@ -42,7 +43,6 @@ from kata_shim.ipvs.rules import (
 )
 from kata_shim.ipvs.values import (
     MAX_PORT,
-    Names,
     cut,
     read_address,
     read_number,

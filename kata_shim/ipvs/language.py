@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from kata_shim.ipvs.command import STATUS_FAILED, Command, UsageError, Verb
 from kata_shim.ipvs.draft import Draft
+from kata_shim.ipvs.names import NUMERIC, Names
 from kata_shim.ipvs.options import NEEDED, NONE, OPTIONAL, Given, Option, OptionError, Table
-from kata_shim.ipvs.values import NUMERIC, Names
 
 _Action = Callable[[Draft, Given], None]
 

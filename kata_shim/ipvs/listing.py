@@ -7,10 +7,10 @@ firewall mark is a number without a sign, and a saved table keeps its servers' t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
-from typing import Protocol
 
 from kata_shim.ipvs import address
 from kata_shim.ipvs.command import Command, Verb
+from kata_shim.ipvs.names import NUMERIC, Names
 from kata_shim.ipvs.rules import (
     AF_INET6,
     GATEWAYING,
@@ -74,29 +74,6 @@ _TITLES = {
 _SCHEDULED = "Prot LocalAddress:Port Scheduler Flags\n"
 _TABLE = f"{_SCHEDULED}{_REMOTE}           Forward Weight ActiveConn InActConn\n"
 _TUNNEL_TABLE = f"{_SCHEDULED}{_REMOTE}           Forward TunnelInfo    Weight ActiveConn InActConn\n"
-
-
-class Names(Protocol):
-    """Who knows names of hosts and services; each returns None for what it does not know."""
-
-    def host_name(self, address: bytes) -> str | None:
-        """Return the name of a host."""
-
-    def service_name(self, port: int, protocol: int) -> str | None:
-        """Return the name of a service."""
-
-
-class NoNames:
-    """Nobody knows any name."""
-
-    def host_name(self, address: bytes) -> str | None:
-        """Return None."""
-
-    def service_name(self, port: int, protocol: int) -> str | None:
-        """Return None."""
-
-
-NUMERIC = NoNames()
 
 
 def table(

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from kata_shim.ipvs.address import parse_v4, parse_v6
 from kata_shim.ipvs.rules import SCTP, TCP, UDP
 
 _PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP}
 _MAX_PORT = 65535
+
+
+class Names(Protocol):
+    """Who knows hosts and services by name and by number; each returns None for what it does not know."""
+
+    def host(self, name: str) -> bytes | None:
+        """Return the IPv4 address of a host."""
+
+    def port(self, service: str, protocol: int) -> int | None:
+        """Return the port of a service."""
+
+    def host_name(self, address: bytes) -> str | None:
+        """Return the name of a host."""
+
+    def service_name(self, port: int, protocol: int) -> str | None:
+        """Return the name of a service."""
 
 
 class FileNames:
@@ -66,3 +83,6 @@ def _lines(text: str) -> Iterator[list[str]]:
         words = line.partition("#")[0].split()
         if len(words) > 1:
             yield words
+
+
+NUMERIC = FileNames("", "")  # nobody knows any: addresses and ports are numbers

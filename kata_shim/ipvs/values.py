@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Protocol
 
 from kata_shim.ipvs.address import parse_v4, parse_v4_loosely, parse_v6
 from kata_shim.ipvs.command import UsageError
+from kata_shim.ipvs.names import Names
 from kata_shim.ipvs.rules import AF_INET, AF_INET6, SCHED_1, SCHED_2, SCHED_3
 
 MAX_TIMEOUT = 86400 * 31  # seconds
@@ -26,29 +26,6 @@ _SCHED_FLAGS = {
 _PLAIN = re.compile(r"([0-9.]+):([0-9]{1,5})", re.ASCII)
 # strtol(3) with base 10, and the number that atoi(3) finds.
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?[0-9]+)", re.ASCII)
-
-
-class Names(Protocol):
-    """Who knows hosts and services by name; each returns None for what it does not know."""
-
-    def host(self, name: str) -> bytes | None:
-        """Return the IPv4 address of a host."""
-
-    def port(self, service: str, protocol: int) -> int | None:
-        """Return the port of a service."""
-
-
-class NoNames:
-    """Nobody knows any name: addresses and ports are numbers."""
-
-    def host(self, name: str) -> bytes | None:
-        """Return None."""
-
-    def port(self, service: str, protocol: int) -> int | None:
-        """Return None."""
-
-
-NUMERIC = NoNames()
 
 
 def cut(text: str | None, length: int) -> str:

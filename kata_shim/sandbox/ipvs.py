@@ -19,6 +19,7 @@ from kata_shim.contract.ipvs import MAX_RULES, Cleanup
 from kata_shim.errors import ShimError
 from kata_shim.ipvs import connections, listing, plan
 from kata_shim.ipvs.command import Command, Verb
+from kata_shim.ipvs.names import NUMERIC
 from kata_shim.ipvs.plan import Table
 from kata_shim.qemu.monitor import run_to_end
 from kata_shim.sandbox.guest_kernel import GuestKernel, RefusedError, Tell
@@ -101,7 +102,7 @@ class Ipvs:
     async def listing(self, command: Command) -> str:
         """Return what `ipvsadm --list` prints, with each of its options, or `--save`; raises RefusedError."""
         given, kernel = command.given, self.kernel
-        names = listing.NUMERIC if "numeric" in given else await kernel.names()
+        names = NUMERIC if "numeric" in given else await kernel.names()
         if command.verb is Verb.SAVE:
             return "".join(listing.saved(await kernel.services(), names))
         if command.service is not None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kata_shim.ipvs import address, failure, usage
 from kata_shim.ipvs.command import Command, UsageError, Verb
 from kata_shim.ipvs.language import parse
+from kata_shim.ipvs.names import NUMERIC, FileNames, Names
 from kata_shim.ipvs.rules import (
     AF_INET,
     AF_INET6,
@@ -41,7 +42,6 @@ from kata_shim.ipvs.rules import (
     Service,
     Timeouts,
 )
-from kata_shim.ipvs.values import NUMERIC, Names
 
 pytestmark = pytest.mark.quick
 
@@ -305,19 +305,14 @@ def test_a_list_of_no_flags_is_none() -> None:
     assert read("-A -t 10.0.0.1:80 -s sh -b ,,").service == Service(WEB, "sh")
 
 
-class _Known:
-    def host(self, name: str) -> bytes | None:
-        return bytes((10, 0, 0, 1)) if name == "web" else None
-
-    def port(self, service: str, protocol: int) -> int | None:
-        return 80 if (service, protocol) == ("http", TCP) else None
+KNOWN_NAMES = FileNames("10.0.0.1 web\n", "http 80/tcp\n")
 
 
 def test_names_are_those_that_somebody_knows() -> None:
-    command = read("-A -t web:http", _Known())
+    command = read("-A -t web:http", KNOWN_NAMES)
     assert command.service == Service(WEB)
     with pytest.raises(UsageError):
-        read("-A -u web:http", _Known())
+        read("-A -u web:http", KNOWN_NAMES)
 
 
 def test_the_help_has_the_commands() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kata_shim.ipvs import connections, listing
 from kata_shim.ipvs.command import Command, Verb
 from kata_shim.ipvs.language import parse
+from kata_shim.ipvs.names import FileNames
 from kata_shim.ipvs.rules import (
     GATEWAYING,
     GRE,
@@ -264,35 +265,24 @@ def test_timeouts_and_daemons() -> None:
     )
 
 
-class _Known:
-    def host_name(self, address: bytes) -> str | None:
-        return "localhost" if address == bytes((127, 0, 0, 1)) else None
-
-    def service_name(self, port: int, protocol: int) -> str | None:
-        return {(80, 6): "http"}.get((port, protocol))
+KNOWN = FileNames("127.0.0.1 localhost\n", "http 80/tcp\n")
 
 
 def test_names_stand_where_somebody_knows_them() -> None:
     services = made("-A -t 10.0.0.1:80\n-a -t 10.0.0.1:80 -r 127.0.0.1 -m")
-    assert "".join(listing.table(INFO, services, names=_Known())).endswith(
+    assert "".join(listing.table(INFO, services, names=KNOWN)).endswith(
         "TCP  10.0.0.1:http wlc\n  -> localhost:http               Masq    1      0          0         \n"
     )
-    numeric = "".join(listing.table(INFO, services, {"numeric"}, _Known()))
+    numeric = "".join(listing.table(INFO, services, {"numeric"}, KNOWN))
     assert numeric == listed(services=services)
-    assert "-a -t 10.0.0.1:http -r localhost:http -m -w 1\n" in "".join(listing.saved(services, _Known()))
-
-
-class _Long:
-    def host_name(self, address: bytes) -> str | None:
-        return "a-very-long-name-of-a-host.example.org"
-
-    def service_name(self, port: int, protocol: int) -> str | None:
-        return None
+    assert "-a -t 10.0.0.1:http -r localhost:http -m -w 1\n" in "".join(listing.saved(services, KNOWN))
 
 
 def test_long_names_are_not_cut() -> None:
+    name = "a-very-long-name-of-a-host.example.org"
+    long = FileNames(f"10.0.0.1 {name}\n127.0.0.1 {name}\n", "")
     services = made("-A -t 10.0.0.1:80\n-a -t 10.0.0.1:80 -r 127.0.0.1 -m")
-    lines = "".join(listing.table(INFO, services, names=_Long())).splitlines()
+    lines = "".join(listing.table(INFO, services, names=long)).splitlines()
     assert lines[3:] == [
         "TCP  a-very-long-name-of-a-host.example.org:80 wlc",
         "  -> a-very-long-name-of-a-host.example.org:80 Masq    1      0          0         ",
