@@ -21,7 +21,7 @@ from kata_shim.contract.interface import Interface
 from kata_shim.contract.route import DEFAULT, Route, RouteMatch
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2, guest_pb2, types_pb2
-from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, SERVICES
+from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, RELAY_PIECE, SERVICES
 from kata_shim.quoting import quoted
 from kata_shim.ttrpc.client import Client
 from kata_shim.ttrpc.vsock import connect_vsock
@@ -30,7 +30,6 @@ VSOCK_PORT = 1024  # the Kata agent's
 CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
 MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 times as many
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
-PIECE = 256 * 1024  # bytes; what the agent relays, but for the last, is as much or more
 SEED_BYTES = 64
 _CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
 _KATA_EVERYWHERE = ("0.0.0.0", "::1")  # how the Kata agent's netlink.rs lists a route over a gateway
@@ -185,7 +184,7 @@ class Agent:
                 )
             if not answer.relay_id:
                 return pieces
-            if len(answer.data) < PIECE:
+            if len(answer.data) < RELAY_PIECE:
                 raise ShimError("data-loss", f"{method}: the guest's agent tells too little at a time")
             request = type(request)(relay_id=answer.relay_id)
 

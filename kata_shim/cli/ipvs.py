@@ -42,9 +42,12 @@ def ipvs(arguments: Arguments) -> int:
     line = ProgressLine()
     params = _params(way, arguments)
     connection = client.connect(arguments.root, sandbox_id, line.say)
-    show = _Bar(line).show if line.is_shown else None
     try:
-        result = connection.call(f"kata-ipvs.{_METHODS.get(way, command)}", params, show)
+        result = connection.call(
+            f"kata-ipvs.{_METHODS.get(way, command)}",
+            params,
+            (lambda progress: line.show(_how_far(progress))) if line.is_shown else None,
+        )
     finally:
         line.clear()
     if result.startswith(b'"'):
@@ -92,15 +95,10 @@ def _as_ipvsadm(result: bytes) -> int:
     return int(answer["status"])
 
 
-class _Bar:
-    """Shows how far a restore is."""
-
-    def __init__(self, line: ProgressLine) -> None:
-        self._line = line
-
-    def show(self, progress: Any) -> None:
-        if isinstance(progress, dict):
-            self._line.show({"step": f"restoring: {progress.get('done')} of {progress.get('total')} rules"})
+def _how_far(progress: Any) -> dict[str, str]:
+    """Return a restore's progress as a line shows it."""
+    done, total = (progress.get(name) if isinstance(progress, dict) else "?" for name in ("done", "total"))
+    return {"step": f"restoring: {done} of {total} rules"}
 
 
 def _rules(path: str) -> bytes:

@@ -28,6 +28,7 @@ from kata_shim.ipvs.rules import (
     Service,
     Timeouts,
 )
+from kata_shim.ipvs.values import MAX_PORT
 from kata_shim.quoting import quoted
 
 MAX_RULES = 20_000  # of one sandbox: services and servers (how-to, IPVS, note 1)
@@ -35,7 +36,6 @@ SCHEDULERS = ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq"
 MAX_PERSISTENCE = 2_678_400  # seconds
 MAX_WEIGHT = 65_535
 MAX_TIMEOUT = 1_296_000  # seconds
-MAX_PORT = 65_535
 
 _DIALECT = "use --dialect ipvsadm for the whole language"
 _ADDRESS_RULE = "ip:port, with an IPv6 address in brackets, and a port within 1..65535"

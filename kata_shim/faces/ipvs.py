@@ -90,7 +90,7 @@ class _Commands:
 
     async def cleanup(self, call: Call) -> object:
         cleanup = parse_cleanup(field(call, "parameters", str, ""))
-        deleted = await (await self._sandbox.ipvs()).cleanup(cleanup)
+        deleted = await (await self._sandbox.ipvs()).kernel.delete_flows(cleanup)
         return f"{deleted} flow entries have been deleted.\n"
 
 

@@ -15,7 +15,6 @@ from google.protobuf.empty_pb2 import Empty
 from kata_shim.guest import system
 from kata_shim.protos import guest_pb2
 
-MACHINE_ID = "/etc/machine-id"
 _DIGITS = 32  # of a machine id, and a newline (machine-id(5))
 
 
@@ -39,7 +38,7 @@ class Identity:
     def _open(self) -> None:
         self._random = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
         if os.getpid() == 1:  # under another init, whose system it is, the machine id stays
-            with open(MACHINE_ID, "w+b") as file:
+            with open(system.MACHINE_ID, "w+b") as file:
                 file.write(b"0" * _DIGITS + b"\n")
                 file.flush()
                 self._machine_id = mmap.mmap(file.fileno(), 0)

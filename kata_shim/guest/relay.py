@@ -12,9 +12,9 @@ from typing import Protocol
 
 from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import guest_pb2
+from kata_shim.protos.services import RELAY_PIECE
 
 MAX_RELAYS = 16  # that have more to tell
-PIECE = 256 * 1024  # bytes; an answer is as long as that, or ends with the next datagram
 TABLES = {
     "ip_vs": "/proc/net/ip_vs",
     "ip_vs_conn": "/proc/net/ip_vs_conn",
@@ -122,7 +122,7 @@ class _Netlink:
     def read(self) -> bytes:
         answers: list[bytes] = []
         size = 0
-        while size < PIECE:
+        while size < RELAY_PIECE:
             try:
                 data = self._socket.recv(_DATAGRAM, socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -149,8 +149,8 @@ class _File:
     def read(self) -> bytes:
         pieces: list[bytes] = []
         size = 0
-        while size < PIECE:
-            piece = os.read(self._descriptor, PIECE)
+        while size < RELAY_PIECE:
+            piece = os.read(self._descriptor, RELAY_PIECE)
             if not piece:
                 self.ended = True
                 break
@@ -165,7 +165,7 @@ class _File:
 def _count_lines(path: str) -> int:
     lines = 0
     with suppress(FileNotFoundError), open(path, "rb", buffering=0) as table:
-        while piece := table.read(PIECE):
+        while piece := table.read(RELAY_PIECE):
             lines += piece.count(b"\n")
     return lines
 

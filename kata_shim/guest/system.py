@@ -16,6 +16,7 @@ _RNDRESEEDCRNG = 0x5207  # include/uapi/linux/random.h
 _REBOOT_CMD_POWER_OFF = 0x4321FEDC  # include/uapi/linux/reboot.h
 _MEMORY = "/sys/devices/system/memory"
 _FIRST = -20  # nice(2)
+MACHINE_ID = "/etc/machine-id"
 HOST_NAME_MAX = 64  # include/uapi/linux/utsname.h; a longer id is cut
 
 
@@ -50,7 +51,7 @@ def set_machine_id() -> None:
     """
     if os.getpid() != 1:
         return
-    with open("/etc/machine-id", "w") as file:
+    with open(MACHINE_ID, "w") as file:
         file.write(f"{uuid.uuid4().hex}\n")
 
 

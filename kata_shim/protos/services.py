@@ -14,6 +14,7 @@ Methods = dict[str, tuple[type[Message], type[Message]]]
 AGENT_SERVICE = "grpc.AgentService"
 HEALTH_SERVICE = "grpc.Health"
 GUEST_SERVICE = "kata_shim.Guest"
+RELAY_PIECE = 256 * 1024  # bytes; a RelayResponse has as many or more, but for the last
 
 
 def _methods(service: ServiceDescriptor) -> Methods:

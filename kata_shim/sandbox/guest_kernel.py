@@ -84,7 +84,8 @@ class GuestKernel:
             if waiting:
                 await asyncio.wait(waiting)
             for task in waiting:
-                task.exception()  # which is not the first, and so nobody's
+                if not task.cancelled():
+                    task.exception()  # which is not the first, and so nobody's
 
     async def count(self) -> int:
         """Return how many services and servers there are."""

@@ -7,15 +7,13 @@ kept in a file until the change is whole, so that a shim killed meanwhile is men
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import orjson
 
 from kata_shim import log
-from kata_shim.contract.ipvs import MAX_RULES, Cleanup
+from kata_shim.contract.ipvs import MAX_RULES
 from kata_shim.errors import ShimError
 from kata_shim.ipvs import connections, listing, plan
 from kata_shim.ipvs.command import Command, Verb
@@ -23,6 +21,7 @@ from kata_shim.ipvs.names import NUMERIC
 from kata_shim.ipvs.plan import Table
 from kata_shim.qemu.monitor import run_to_end
 from kata_shim.sandbox.guest_kernel import GuestKernel, RefusedError, Tell
+from kata_shim.sandbox.record import write_whole
 
 # Views that are not told in short.
 _IN_FULL = {"stats", "rate", "thresholds", "persistent-conn", "tun-info"}
@@ -117,13 +116,9 @@ class Ipvs:
         states = await (kernel.services() if given & _IN_FULL else kernel.services_in_short())
         return "".join(listing.table(await kernel.info(), states, given, names))
 
-    async def cleanup(self, cleanup: Cleanup) -> int:
-        """Delete the conntrack entries first sent to an address by a protocol; return how many there were."""
-        return await self.kernel.delete_flows(cleanup)
-
     async def _whole_or_gone(self, have: Table, commands: Sequence[Command], tell: Tell) -> None:
         """Do commands, or go back to the table that there is."""
-        _write(self._before, orjson.dumps(plan.to_json(have)))
+        write_whole(self._before, orjson.dumps(plan.to_json(have)))
         try:
             await self.kernel.load(commands, tell)
         except BaseException:
@@ -157,15 +152,3 @@ async def _tell_nobody(done: int, total: int) -> None:
 
 def _too_many(what: str) -> ShimError:
     return ShimError("resource-exhausted", f"{what} IPVS rules; {MAX_RULES} are the limit")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; raises ShimError `resource-exhausted`."""
-    new = path.with_suffix(".new")
-    try:
-        new.write_bytes(data)
-        os.replace(new, path)
-    except OSError as error:
-        with suppress(FileNotFoundError):
-            new.unlink()
-        raise ShimError("resource-exhausted", f"{path}: cannot be written: {error.strerror}") from None

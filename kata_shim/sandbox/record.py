@@ -139,24 +139,24 @@ class RecordFile:
             if self._written >= mine or self._closed:
                 return
             covered = self._wanted
-            write = asyncio.ensure_future(asyncio.to_thread(self._write, orjson.dumps(self._render())))
+            write = asyncio.ensure_future(
+                asyncio.to_thread(write_whole, self._path, orjson.dumps(self._render()))
+            )
             try:
                 await asyncio.shield(write)
             except asyncio.CancelledError:
                 await asyncio.wait((write,))
                 raise
-            except OSError as error:
-                raise ShimError(
-                    "resource-exhausted", f"{self._path}: cannot be written: {error.strerror}"
-                ) from None
             self._written = covered
 
-    def _write(self, data: bytes) -> None:
-        new = self._path.with_suffix(".new")
-        try:
-            new.write_bytes(data)
-            os.replace(new, self._path)
-        except OSError:
-            with suppress(FileNotFoundError):
-                os.unlink(new)
-            raise
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file whole or not at all; raises ShimError `resource-exhausted` in the kernel's words."""
+    new = path.with_suffix(".new")
+    try:
+        new.write_bytes(data)
+        os.replace(new, path)
+    except OSError as error:
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+        raise ShimError("resource-exhausted", f"{path}: cannot be written: {error.strerror}") from None

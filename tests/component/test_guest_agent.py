@@ -17,7 +17,7 @@ import pytest
 from kata_shim import __version__
 from kata_shim.errors import ShimError
 from kata_shim.guest.pci import interface_at, is_at
-from kata_shim.guest.relay import MAX_RELAYS, PIECE
+from kata_shim.guest.relay import MAX_RELAYS
 from kata_shim.protos.agent_pb2 import (
     AddARPNeighborsRequest,
     ARPNeighbors,
@@ -45,7 +45,7 @@ from kata_shim.protos.guest_pb2 import (
     WriteStdinRequest,
 )
 from kata_shim.protos.health_pb2 import HealthCheckResponse
-from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, HEALTH_SERVICE, SERVICES
+from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, HEALTH_SERVICE, RELAY_PIECE, SERVICES
 from kata_shim.protos.types_pb2 import ARPNeighbor, Interface, IPAddress, Route
 from kata_shim.ttrpc.client import Client
 from tests.component.guest_calls import SOON, call, finish, gone, read, refused, sh, start
@@ -340,13 +340,13 @@ class TestRelays:
     async def test_answers_come_in_pieces(self, client: Client) -> None:
         whole = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES])
         once = (await call(client, "RelayNetlink", whole)).data
-        count = 3 * PIECE // len(once)
+        count = 3 * RELAY_PIECE // len(once)
         answer = await call(
             client, "RelayNetlink", RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES] * count)
         )
         pieces = [answer.data]
         while answer.relay_id:
-            assert len(answer.data) >= PIECE
+            assert len(answer.data) >= RELAY_PIECE
             answer = await call(client, "RelayNetlink", RelayNetlinkRequest(relay_id=answer.relay_id))
             pieces.append(answer.data)
         assert (len(pieces) > 2, b"".join(pieces)) == (True, once * count)

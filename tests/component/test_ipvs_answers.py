@@ -157,4 +157,4 @@ async def test_any_answers_end_in_a_result_or_one_error(
         with suppress(ShimError):
             assert (await told().listing(parse_parameters(text))).endswith("\n")
     with suppress(ShimError):
-        assert await told().cleanup(parse_cleanup("-d 10.0.0.1 -p tcp")) >= 0
+        assert await told().kernel.delete_flows(parse_cleanup("-d 10.0.0.1 -p tcp")) >= 0
