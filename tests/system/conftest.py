@@ -28,3 +28,12 @@ def nics(shared_guest: Guest) -> Iterator[Guest]:
     finally:
         cleared(shared_guest)
     assert held_files(shared_guest) == files
+
+
+@pytest.fixture
+def ipvs_guest(shared_guest: Guest) -> Iterator[Guest]:
+    """The shared sandbox with an empty table, and its timeouts as they were."""
+    yield shared_guest
+    for command in ("-C", "--set 900 120 300"):
+        assert shared_guest.run("ipvsadm", *command.split()).status == 0
+    assert shared_guest.run("conntrack", "-F").status == 0
