@@ -15,7 +15,14 @@ import os
 
 # json and socket.py take as long to import as a bare interpreter takes to start.
 from _json import scanstring
-from _signal import set_wakeup_fd  # type: ignore[import-not-found]  # typeshed has only signal.py
+from _signal import (  # type: ignore[import-not-found]  # typeshed has only signal.py
+    SIGINT,
+    SIGTERM,
+    default_int_handler,
+    getsignal,
+    set_wakeup_fd,
+    signal,
+)
 from _socket import AF_UNIX, SOCK_STREAM, socket
 from select import POLLIN, poll
 
@@ -126,10 +133,6 @@ class CancelledError(ShimError):
     """A call that the caller interrupted, and that ended in an error."""
 
 
-class _Interrupted(KeyboardInterrupt):
-    """It came while we waited: no answer has been read and then lost, so a cancellation will have one."""
-
-
 class Connection:
     """A connection to a shim, for one call after another.
 
@@ -153,10 +156,11 @@ class Connection:
         """
         call_id, request = self.request(method, params)
         self.send(request)
-        try:
-            return self.answer(call_id, progress)
-        except _Interrupted:
-            self.send(cancellation(call_id))
+        with _Interruptible():
+            try:
+                return self.answer(call_id, progress)
+            except KeyboardInterrupt:
+                self.send(cancellation(call_id))
         self.socket.settimeout(CANCEL_TIMEOUT)
         try:
             return self.answer(call_id, progress)
@@ -185,10 +189,7 @@ class Connection:
     def answer(self, call_id: int, progress: Callable[[Any], None] | None = None) -> bytes:
         """Wait for the end of a request that was sent and return its result. Raises as `call` does."""
         while True:
-            try:
-                self._wait()
-            except KeyboardInterrupt:
-                raise _Interrupted from None
+            self._wait()
             for line in self.receive():
                 result = self.judge(line, call_id, progress)
                 if result is not None:
@@ -197,16 +198,20 @@ class Connection:
     def _wait(self) -> None:
         """Wait until there is something to receive; raises TimeoutError after the socket's timeout.
 
-        A signal that comes just before is heard, too: recv(2) alone would sleep on it.
+        A signal that came before is heard, too: recv(2) alone would sleep on it.
         """
         data, wake, timeout = self.socket.fileno(), _wake(), self.socket.gettimeout()
         waiting = poll()
         waiting.register(data, POLLIN)
         waiting.register(wake, POLLIN)
-        while data not in (ready := dict(waiting.poll(None if timeout is None else timeout * 1000))):
+        while True:
+            ready = dict(waiting.poll(None if timeout is None else timeout * 1000))
             if not ready:
                 raise TimeoutError
-            os.read(wake, 64)  # of a signal that was no reason to stop
+            if wake in ready and any(getsignal(number) is _leave_to_wait for number in os.read(wake, 64)):
+                raise KeyboardInterrupt
+            if data in ready:
+                return
 
     def receive(self) -> list[bytes]:
         """Return the next whole lines, without their newlines, waiting for more bytes once; may be empty.
@@ -215,8 +220,6 @@ class Connection:
         """
         try:
             chunk = self.socket.recv(256 * 1024)
-        except KeyboardInterrupt:
-            raise _Interrupted from None
         except ConnectionResetError:
             chunk = b""
         if not chunk:
@@ -280,6 +283,27 @@ class Connection:
         if self.warn is not None and isinstance(warnings, list):
             for text in warnings:
                 self.warn(str(text))
+
+
+class _Interruptible:
+    """While it is entered, signals raise KeyboardInterrupt where an answer is waited for, and only there.
+
+    Anywhere else it could come between an answer and its reader, who would then wait for a second one.
+    """
+
+    def __enter__(self) -> None:
+        _wake()  # which must hear from now on
+        self._numbers = [number for number in (SIGINT, SIGTERM) if getsignal(number) is default_int_handler]
+        for number in self._numbers:
+            signal(number, _leave_to_wait)
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._numbers:
+            signal(number, default_int_handler)
+
+
+def _leave_to_wait(*_: object) -> None:
+    """Do nothing: `_wake` has heard of the signal."""
 
 
 def _wake() -> int:

@@ -37,14 +37,11 @@ def run(arguments: Arguments) -> int:
     signal(SIGTERM, default_int_handler)
     claimed = client.claim(root, sandbox_id)
     line = ProgressLine()
-    connection = None
     try:
         connection = client.connect(root, sandbox_id, line.say)
         connection.call("sandbox.start", b'{"config":%b}' % config, line.show if line.is_shown else None)
     except BaseException:
         line.clear()
-        if connection is not None:
-            connection.close()  # a signal that came while progress was shown has cancelled nothing yet
         _discard(root, sandbox_id, claimed)
         raise
     line.clear()
