@@ -22,6 +22,8 @@ _, ROOT, _, DESCRIPTOR, ID = sys.argv[sys.argv.index("serve") + 1 :]
 DIRECTORY = Path(ROOT) / "sandboxes" / ID
 stopped = threading.Event()
 waited_for = threading.Event()
+cancelled = threading.Event()
+writing = threading.Lock()
 
 
 def serve(client: socket.socket) -> None:
@@ -31,7 +33,10 @@ def serve(client: socket.socket) -> None:
         for line in lines:
             message = messages.parse(line)
             if isinstance(message, Cancel):
-                client.sendall(messages.failure(message.id, ShimError("cancelled", "cancelled, undone")))
+                cancelled.set()
+                (Path(ROOT) / "cancelled").touch()
+                with writing:
+                    client.sendall(messages.failure(message.id, ShimError("cancelled", "cancelled, undone")))
             elif isinstance(message, Request) and message.method == "sandbox.wait":
                 waiting = threading.Thread(target=wait, args=(client, message.id), daemon=True)
                 waiting.start()
@@ -57,6 +62,8 @@ def answer(client: socket.socket, request: Request) -> None:
         if BEHAVIOUR == "refuse":
             error = ShimError("failed-precondition", "kernel: /none does not exist")
             client.sendall(messages.failure(request.id, error, ["TCG is used"]))
+        elif BEHAVIOUR == "busy":
+            threading.Thread(target=report, args=(client, request.id), daemon=True).start()
         elif BEHAVIOUR != "slow":
             client.sendall(messages.result(request.id, {"state": "running"}, ["TCG is used"]))
     elif request.method == "test.waited-for":
@@ -69,6 +76,14 @@ def answer(client: socket.socket, request: Request) -> None:
         os._exit(0)
     else:
         client.sendall(messages.result(request.id, {"id": ID, "state": "running", "pid": os.getpid()}))
+
+
+def report(client: socket.socket, request_id: int | str) -> None:
+    """Send progress as fast as it is read, until the request is cancelled."""
+    step = 0
+    while not cancelled.is_set():
+        with writing:
+            client.sendall(messages.progress(request_id, {"step": f"step {(step := step + 1)}"}))
 
 
 def main() -> None:

@@ -201,6 +201,23 @@ def test_start_can_be_interrupted(host: Host) -> None:
     assert host.ids() == []
 
 
+@pytest.mark.parametrize("step", [1, 10, 100, 1000])
+def test_start_is_cancelled_while_its_progress_is_shown(host: Host, step: int) -> None:
+    primary, secondary = pty.openpty()
+    with host.start("busy", "run", "a", stderr=secondary) as process:
+        os.close(secondary)
+        written = b""
+        while b"step %d\x1b" % step not in written:
+            written = written[-40:] + os.read(primary, 4096)
+        process.send_signal(signal.SIGINT)
+        while read_terminal(primary):
+            pass
+        assert process.wait(timeout=30) == 130
+    os.close(primary)
+    assert (host.root / "cancelled").exists()
+    assert host.ids() == []
+
+
 def test_one_progress_line_on_a_terminal(host: Host) -> None:
     primary, secondary = pty.openpty()
     with host.start("", "run", "--detach", "a", stderr=secondary) as process:
