@@ -8,6 +8,7 @@ import select
 import socket
 from collections.abc import Callable
 
+from kata_shim.ttrpc import link
 from kata_shim.ttrpc.server import Server, ServerProtocol
 
 PORT_NAME = "agent.channel.0"
@@ -41,6 +42,8 @@ class VirtioPort:
         self._epoll = select.epoll()
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._loop.add_reader(self._epoll, self._woken)
+        # An agent that was started again knows of no session: a shim that waits for answers must hear that.
+        self._send(link.FLAG)
 
     def close(self) -> None:
         """End the session and close the port."""
