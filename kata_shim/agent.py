@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -30,6 +31,7 @@ VSOCK_PORT = 1024  # the Kata agent's
 CALL_TIMEOUT = 15.0  # seconds for what the guest does at once
 MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 times as many
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
+MAX_PLAIN = 4096  # bytes of a netlink message; a guest inflates many of them sooner than it reads them
 SEED_BYTES = 64
 _CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
 _KATA_EVERYWHERE = ("0.0.0.0", "::1")  # how the Kata agent's netlink.rs lists a route over a gateway
@@ -153,7 +155,12 @@ class Agent:
         They are whole messages, at most `most` bytes together, and the guest's: not to be trusted. Raises
         ShimError, `failed-precondition` for a guest with another agent.
         """
-        request = guest_pb2.RelayNetlinkRequest(protocol=protocol, messages=messages)
+        request = guest_pb2.RelayNetlinkRequest(protocol=protocol)
+        if len(messages) == 1 and len(messages[0]) > MAX_PLAIN:
+            deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+            request.deflated = deflate.compress(messages[0]) + deflate.flush()
+        else:
+            request.messages.extend(messages)
         return await self._relayed("RelayNetlink", request, most)
 
     async def read_table(self, name: str, most: int) -> bytes:

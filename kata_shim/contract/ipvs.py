@@ -6,6 +6,7 @@ Every error is `invalid-argument` and names the option, its value and the rule; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from kata_shim.contract.fields import missing, wrong
@@ -42,6 +43,8 @@ _ADDRESS_RULE = "ip:port, with an IPv6 address in brackets, and a port within 1.
 _SERVICE_OPTIONS = ("tcp-service", "udp-service")
 _FORWARDS = {"masquerading": MASQUERADING, "ipip": TUNNEL, "gatewaying": GATEWAYING}
 _PROTOCOLS = {"tcp-service": TCP, "udp-service": UDP}
+_PLAIN_PROTOCOLS = {"-t": TCP, "-u": UDP}
+_PLAIN_FORWARDS = {"-m": MASQUERADING, "-i": TUNNEL, "-g": GATEWAYING}
 
 _VERBS = {
     Option("add-service", "A", NONE): Verb.ADD_SERVICE,
@@ -112,12 +115,57 @@ def parse_rules(text: str) -> list[Rule]:
     rules: list[Rule] = []
     for number, words in rule_lines(text):
         try:
-            rules.append(Rule(number, _parse_rule(words)))
+            rules.append(Rule(number, parse_plain(words) or _parse_rule(words)))
             if len(rules) > MAX_RULES:
                 raise invalid(f"more than {MAX_RULES} rules, services and servers, which is the limit")
         except ShimError as error:
             raise invalid(f"line {number}: {error.message}", line=number) from None
     return rules
+
+
+def parse_plain(words: list[str]) -> Command | None:
+    """Return the rule of a line in the form that nearly all have, in a fifth of the time that any form takes.
+
+    None where only the whole language tells whether it is one, and which.
+    """
+    match words:
+        case ["-A", option, address, "-s", scheduler, "-p", timeout]:
+            service, seconds = _plain_service(option, address), _within(timeout, 1, MAX_PERSISTENCE)
+            if service is None or scheduler not in SCHEDULERS or seconds is None:
+                return None
+            key, netmask = service.key, service.netmask
+            return Command(Verb.ADD_SERVICE, Service(key, scheduler, PERSISTENT, seconds, netmask))
+        case ["-a", option, address, "-r", *of_server]:
+            service = _plain_service(option, address)
+            server = service and _plain_server(service.key.family, service.key.port, *of_server)
+            return Command(Verb.ADD_SERVER, service, server) if server else None
+    return None
+
+
+# A service's servers follow each other, and services often have the same ones: few are remembered in vain.
+@lru_cache(maxsize=64)
+def _plain_service(option: str, address: str) -> Service | None:
+    """Return the service of which no more is known than that."""
+    place, protocol = _place(address), _PLAIN_PROTOCOLS.get(option)
+    if place is None or protocol is None:
+        return None
+    family = _family(place[0])
+    return Service(Key(family, protocol, *place), netmask=HOST_MASK[family])
+
+
+@lru_cache(maxsize=64)
+def _plain_server(of_family: int, of_port: int, *words: str) -> Server | None:
+    match words:
+        case [address, way]:
+            weight: int | None = 1
+        case [address, way, "-w", text]:
+            weight = _within(text, 0, MAX_WEIGHT)
+        case _:
+            return None
+    place, forward = _place(address), _PLAIN_FORWARDS.get(way)
+    if place is None or forward is None or weight is None or _family(place[0]) != of_family:
+        return None
+    return Server(of_family, place[0], _server_port(forward, place[1], of_port), forward, weight)
 
 
 def rule_lines(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -225,10 +273,14 @@ def _server(options: Options, of: Key, forward: int) -> Server:
     family = _family(address)
     if family != of.family and forward != TUNNEL:
         raise invalid("real-server: its IP version is not the service's, which only ipip can bridge")
-    # Only masquerading translates ports, as ipvsadm has it.
-    port = port if forward == MASQUERADING else of.port
+    port = _server_port(forward, port, of.port)
     weight = _number(options, "weight", 0, MAX_WEIGHT) if "weight" in options else 1
     return Server(family, address, port, forward, weight)
+
+
+def _server_port(forward: int, port: int, of_port: int) -> int:
+    """Only masquerading translates ports, as ipvsadm has it."""
+    return port if forward == MASQUERADING else of_port
 
 
 def _timeouts(words: list[str]) -> Timeouts:
@@ -239,12 +291,18 @@ def _timeouts(words: list[str]) -> Timeouts:
 
 
 def _address(options: Options, name: str) -> tuple[bytes, int]:
-    text = options[name]
-    host, _, port = text.rpartition(":")
+    place = _place(options[name])
+    if place is None:
+        raise wrong(name, options[name], _ADDRESS_RULE)
+    return place
+
+
+def _place(text: str) -> tuple[bytes, int] | None:
+    """Return address and port; None for what is no _ADDRESS_RULE."""
+    host, _, digits = text.rpartition(":")
     address = parse_v6(host[1:-1]) if host.startswith("[") and host.endswith("]") else parse_v4(host)
-    if address is None or not _is_number(port) or not 1 <= int(port) <= MAX_PORT:
-        raise wrong(name, text, _ADDRESS_RULE)
-    return address, int(port)
+    port = _within(digits, 1, MAX_PORT)
+    return None if address is None or port is None else (address, port)
 
 
 def _family(address: bytes) -> int:
@@ -260,13 +318,18 @@ def _required(options: Options, name: str, rule: str) -> str:
 def _number(options: Options, name: str, least: int, most: int) -> int:
     rule = f"within {least}..{most}"
     text = _required(options, name, rule)
-    if not _is_number(text) or not least <= int(text) <= most:
+    number = _within(text, least, most)
+    if number is None:
         raise wrong(name, text, rule)
-    return int(text)
+    return number
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
+def _within(text: str, least: int, most: int) -> int | None:
+    """Return a number of decimal digits within a range; None for what is none."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        return None
+    number = int(text)
+    return number if least <= number <= most else None
 
 
 def _one_of(names: Sequence[str]) -> str:

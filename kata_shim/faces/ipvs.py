@@ -119,8 +119,7 @@ async def _as_ipvsadm(words: list[str], ipvs: Ipvs) -> tuple[str, str, int]:
 async def _listed_as_json(command: Command, ipvs: Ipvs) -> object:
     if command.verb is not Verb.LIST or command.given & {"connection", "timeout", "daemon"}:
         raise invalid("json: only for a list of services")
-    key = command.service.key if command.service is not None else None
-    return listing.as_json(await ipvs.kernel.services(key), command.given)
+    return listing.as_json(await ipvs.states(command), command.given)
 
 
 class _Parser:

@@ -8,6 +8,7 @@ import select
 import socket
 from collections.abc import Callable
 
+from kata_shim.ttrpc import link
 from kata_shim.ttrpc.server import Server, ServerProtocol
 
 PORT_NAME = "agent.channel.0"
@@ -18,6 +19,7 @@ _PORTS = "/sys/class/virtio-ports"
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
 _READ = 64 * 1024  # bytes
+_PIECE = 4096  # bytes; a port gives no more at a time (drivers/char/virtio_console.c)
 _UNSENT_LIMIT = 8 << 20  # bytes of answers after which no more requests are read
 
 # A server, and what to call when its session has ended.
@@ -35,12 +37,16 @@ class VirtioPort:
         """Take over `fd`, a port opened read-write and non-blocking. Needs a running loop."""
         self._fd = fd
         self._unsent = bytearray()
+        self._buffer = memoryview(bytearray(_READ))
+        self._pieces = [self._buffer[at : at + _PIECE] for at in range(0, _READ, _PIECE)]
         server, self._abandon = new_server(self.stand_still)
         self._session = server.linked_session(self._send, self._begin)
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._loop.add_reader(self._epoll, self._woken)
+        # An agent that was started again knows of no session: a shim that waits for answers must hear that.
+        self._send(link.FLAG)
 
     def close(self) -> None:
         """End the session and close the port."""
@@ -78,14 +84,14 @@ class VirtioPort:
         self._write()
         while len(self._unsent) < _UNSENT_LIMIT:
             try:
-                data = os.read(self._fd, _READ)
+                size = os.readv(self._fd, self._pieces)
             except BlockingIOError:
                 return
-            if not data:
+            if not size:
                 # Nobody is connected, or is not yet: data can come before the word that the host has opened
                 # the port. So what is unsent is kept; it may be the echo of a reset.
                 return
-            self._session.receive(data)
+            self._session.receive(bytes(self._buffer[:size]))
 
     def _write(self) -> None:
         try:

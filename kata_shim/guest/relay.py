@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import zlib
 from collections import deque
 from contextlib import suppress
 from itertools import count
@@ -64,7 +65,8 @@ class Relays:
             return self._next(self._left(request.relay_id))
         if request.protocol not in (_NETLINK_NETFILTER, _NETLINK_GENERIC):
             raise invalid(f"protocol: {request.protocol} is neither netfilter nor generic netlink")
-        return self._next(_Netlink(request.protocol, list(request.messages)))
+        messages = [_inflated(request.deflated)] if request.deflated else list(request.messages)
+        return self._next(_Netlink(request.protocol, messages))
 
     async def read_table(self, request: guest_pb2.ReadTableRequest) -> guest_pb2.RelayResponse:
         """ReadTable."""
@@ -160,6 +162,13 @@ class _File:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _inflated(data: bytes) -> bytes:
+    try:
+        return zlib.decompress(data, -zlib.MAX_WBITS)
+    except zlib.error as error:
+        raise invalid(f"deflated: {error}") from None
 
 
 def _count_lines(path: str) -> int:

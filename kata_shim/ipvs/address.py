@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv6Address
 
-_DOTTED_QUAD = re.compile(r"(0|[1-9][0-9]?[0-9]?)" + r"\.(0|[1-9][0-9]?[0-9]?)" * 3, re.ASCII)
+_OCTETS = {str(octet): octet for octet in range(256)}
 # strtoul(3) with base 0, which must begin with a digit.
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*", re.ASCII)
 _BROAD = {1: 0xFFFFFFFF, 2: 0xFFFFFF, 3: 0xFFFF, 4: 0xFF}
@@ -17,12 +17,10 @@ _BROAD = {1: 0xFFFFFFFF, 2: 0xFFFFFF, 3: 0xFFFF, 4: 0xFF}
 
 def parse_v4(text: str) -> bytes | None:
     """Return the four bytes of a dotted quad in decimal (inet_pton), None if it is none."""
-    quad = _DOTTED_QUAD.fullmatch(text)
-    if quad is None:
-        return None
     try:
-        return bytes(map(int, quad.groups()))
-    except ValueError:  # a number above 255
+        first, second, third, fourth = text.split(".")
+        return bytes((_OCTETS[first], _OCTETS[second], _OCTETS[third], _OCTETS[fourth]))
+    except (ValueError, KeyError):  # not four words, or one that is no octet
         return None
 
 

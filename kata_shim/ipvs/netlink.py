@@ -68,11 +68,6 @@ def name(kind: int, value: str) -> bytes:
     return attribute(kind, value.encode(errors="replace") + b"\0")
 
 
-def address(kind: int, value: bytes) -> bytes:
-    """Return an attribute that is an address of sixteen bytes, an IPv4 one at their beginning."""
-    return attribute(kind, value.ljust(ADDRESS_BYTES, b"\0"))
-
-
 class WireError(Exception):
     """Bytes that no kernel sends; the text says which and why."""
 

@@ -90,6 +90,8 @@ _I_VERSION, _I_SIZE = 1, 2
 _STATS_WIDTHS = (4, 4, 4, 8, 8, 4, 4, 4, 4, 4)
 
 _GENERIC = struct.Struct("=BB2x")  # genlmsghdr: command, version
+# Two attributes, an address and a port, by the address's length.
+_PLACES = {length: struct.Struct(f"=HH{length}sHH2s2x") for length in (4, put.ADDRESS_BYTES)}
 _FORWARD_MASK = 0x7
 _HASHED = 0x2  # IP_VS_SVC_F_HASHED: the kernel's own mark
 
@@ -105,7 +107,8 @@ def message(command: Command, family: int, sequence: int, flags: int = 0) -> byt
         whole = verb in (Verb.ADD_SERVICE, Verb.EDIT_SERVICE)
         body = _service(command.service) if whole else _key(command.service.key)
     if command.server is not None:
-        body += _server(command.server)
+        assert command.service is not None
+        body += _server(command.server, command.service.key.family)
     elif verb is Verb.SET:
         assert command.timeouts is not None
         body = b"".join(map(put.u32, (_TIMEOUT_TCP, _TIMEOUT_FIN, _TIMEOUT_UDP), command.timeouts))
@@ -143,8 +146,16 @@ def _key(key: Key) -> bytes:
 def _key_attributes(key: Key) -> bytes:
     if key.fwmark:
         return put.u16(_AF, key.family) + put.u32(_FWMARK, key.fwmark)
-    address, port = put.address(_ADDR, key.address), put.be16(_PORT, key.port)
-    return put.u16(_AF, key.family) + put.u16(_PROTOCOL, key.protocol) + address + port
+    protocol = put.u16(_AF, key.family) + put.u16(_PROTOCOL, key.protocol)
+    return protocol + _place(_ADDR, key.address, _PORT, key.port)
+
+
+def _place(address_kind: int, address: bytes, port_kind: int, port: int) -> bytes:
+    """Return an address and a port; to the kernel four bytes are as good as sixteen of an IPv4 address."""
+    length = len(address)
+    return _PLACES[length].pack(
+        put.ATTRIBUTE.size + length, address_kind, address, 6, port_kind, port.to_bytes(2, "big")
+    )
 
 
 @lru_cache(maxsize=64)
@@ -161,26 +172,25 @@ def _service(service: Service) -> bytes:
     return put.attribute(_SERVICE | put.NESTED, _key_attributes(key) + options)
 
 
-# A server's attributes by their headers and values; the pads make each a multiple of four bytes.
-_SERVER_ATTRIBUTES = struct.Struct("=HH HH H2x HH 16s HH 2s2x HHI HHI HHI HHI HH B3x HH 2s2x HH H2x")
-_SERVER_LENGTH = _SERVER_ATTRIBUTES.size
+def _server(server: Server, of: int) -> bytes:
+    """Return a server of a service of the family `of`, without what the kernel takes for granted."""
+    family, address, port, *options = server
+    attributes = _place(_D_ADDR, address, _D_PORT, port) + _server_options(*options)
+    if family != of:
+        attributes += put.u16(_D_AF, family)
+    return put.attribute(_DEST | put.NESTED, attributes)
 
 
-def _server(server: Server) -> bytes:
-    family, address, port, forward, weight, upper, lower, tunnel, tunnel_port, tunnel_flags = server
-    return _SERVER_ATTRIBUTES.pack(
-        _SERVER_LENGTH, _DEST | put.NESTED,
-        6, _D_AF, family,
-        20, _D_ADDR, address,
-        6, _D_PORT, port.to_bytes(2, "big"),
-        8, _D_FORWARD, forward,
-        8, _D_WEIGHT, weight,
-        8, _D_UPPER, upper,
-        8, _D_LOWER, lower,
-        5, _D_TUNNEL, tunnel,
-        6, _D_TUNNEL_PORT, tunnel_port.to_bytes(2, "big"),
-        6, _D_TUNNEL_FLAGS, tunnel_flags,
-    )  # fmt: skip
+@lru_cache(maxsize=64)
+def _server_options(
+    forward: int, weight: int, upper: int, lower: int, tunnel: int, tunnel_port: int, tunnel_flags: int
+) -> bytes:
+    numbers = ((_D_FORWARD, forward), (_D_WEIGHT, weight), (_D_UPPER, upper), (_D_LOWER, lower))
+    attributes = b"".join(put.u32(kind, number) for kind, number in numbers)
+    if tunnel or tunnel_port or tunnel_flags:
+        attributes += put.u8(_D_TUNNEL, tunnel) + put.be16(_D_TUNNEL_PORT, tunnel_port)
+        attributes += put.u16(_D_TUNNEL_FLAGS, tunnel_flags)
+    return attributes
 
 
 def _daemon(daemon: Daemon) -> bytes:

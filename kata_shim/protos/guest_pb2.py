@@ -27,15 +27,15 @@ from kata_shim.protos import agent_pb2 as kata__shim_dot_protos_dot_agent__pb2
 from kata_shim.protos import types_pb2 as kata__shim_dot_protos_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckata_shim/protos/guest.proto\x12\tkata_shim\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1ckata_shim/protos/agent.proto\x1a\x1ckata_shim/protos/types.proto\">\n\x0c\x43laimRequest\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\"\x13\n\x11StandStillRequest\".\n\x0f\x41\x64\x64RouteRequest\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.types.Route\"D\n\x13\x44\x65leteRoutesRequest\x12\x0c\n\x04\x64\x65st\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x17\n\x15ListMainRoutesRequest\"L\n\x13StartCommandRequest\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12\x0b\n\x03\x65nv\x18\x02 \x03(\t\x12\x0b\n\x03\x63wd\x18\x03 \x01(\t\x12\r\n\x05stdin\x18\x04 \x01(\x08\"*\n\x14StartCommandResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"5\n\x11WriteStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\'\n\x11\x43loseStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"W\n\x11ReadOutputRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12!\n\x06stream\x18\x02 \x01(\x0e\x32\x11.kata_shim.Stream\x12\x0b\n\x03len\x18\x03 \x01(\r\"\"\n\x12ReadOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x12WaitCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"%\n\x13WaitCommandResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\"8\n\x12KillCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06signal\x18\x02 \x01(\r\"K\n\x13RelayNetlinkRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x10\n\x08messages\x18\x02 \x03(\x0c\x12\x10\n\x08relay_id\x18\x03 \x01(\x04\"2\n\x10ReadTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08relay_id\x18\x02 \x01(\x04\"/\n\rRelayResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x10\n\x08relay_id\x18\x02 \x01(\x04\"!\n\x11\x43ountTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x12\x43ountTableResponse\x12\r\n\x05lines\x18\x01 \x01(\x04**\n\x06Stream\x12\x08\n\x04NONE\x10\x00\x12\n\n\x06STDOUT\x10\x01\x12\n\n\x06STDERR\x10\x02\x32\xcc\x07\n\x05Guest\x12\x38\n\x05\x43laim\x12\x17.kata_shim.ClaimRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nStandStill\x12\x1c.kata_shim.StandStillRequest\x1a\x16.google.protobuf.Empty\x12\x34\n\x08\x41\x64\x64Route\x12\x1a.kata_shim.AddRouteRequest\x1a\x0c.types.Route\x12<\n\x0c\x44\x65leteRoutes\x12\x1e.kata_shim.DeleteRoutesRequest\x1a\x0c.grpc.Routes\x12@\n\x0eListMainRoutes\x12 .kata_shim.ListMainRoutesRequest\x1a\x0c.grpc.Routes\x12O\n\x0cStartCommand\x12\x1e.kata_shim.StartCommandRequest\x1a\x1f.kata_shim.StartCommandResponse\x12\x42\n\nWriteStdin\x12\x1c.kata_shim.WriteStdinRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nCloseStdin\x12\x1c.kata_shim.CloseStdinRequest\x1a\x16.google.protobuf.Empty\x12I\n\nReadOutput\x12\x1c.kata_shim.ReadOutputRequest\x1a\x1d.kata_shim.ReadOutputResponse\x12L\n\x0bWaitCommand\x12\x1d.kata_shim.WaitCommandRequest\x1a\x1e.kata_shim.WaitCommandResponse\x12\x44\n\x0bKillCommand\x12\x1d.kata_shim.KillCommandRequest\x1a\x16.google.protobuf.Empty\x12H\n\x0cRelayNetlink\x12\x1e.kata_shim.RelayNetlinkRequest\x1a\x18.kata_shim.RelayResponse\x12\x42\n\tReadTable\x12\x1b.kata_shim.ReadTableRequest\x1a\x18.kata_shim.RelayResponse\x12I\n\nCountTable\x12\x1c.kata_shim.CountTableRequest\x1a\x1d.kata_shim.CountTableResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckata_shim/protos/guest.proto\x12\tkata_shim\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1ckata_shim/protos/agent.proto\x1a\x1ckata_shim/protos/types.proto\">\n\x0c\x43laimRequest\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\"\x13\n\x11StandStillRequest\".\n\x0f\x41\x64\x64RouteRequest\x12\x1b\n\x05route\x18\x01 \x01(\x0b\x32\x0c.types.Route\"D\n\x13\x44\x65leteRoutesRequest\x12\x0c\n\x04\x64\x65st\x18\x01 \x01(\t\x12\x0f\n\x07gateway\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x17\n\x15ListMainRoutesRequest\"L\n\x13StartCommandRequest\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12\x0b\n\x03\x65nv\x18\x02 \x03(\t\x12\x0b\n\x03\x63wd\x18\x03 \x01(\t\x12\r\n\x05stdin\x18\x04 \x01(\x08\"*\n\x14StartCommandResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"5\n\x11WriteStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\'\n\x11\x43loseStdinRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"W\n\x11ReadOutputRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12!\n\x06stream\x18\x02 \x01(\x0e\x32\x11.kata_shim.Stream\x12\x0b\n\x03len\x18\x03 \x01(\r\"\"\n\x12ReadOutputResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x12WaitCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\"%\n\x13WaitCommandResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\"8\n\x12KillCommandRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06signal\x18\x02 \x01(\r\"]\n\x13RelayNetlinkRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x10\n\x08messages\x18\x02 \x03(\x0c\x12\x10\n\x08relay_id\x18\x03 \x01(\x04\x12\x10\n\x08\x64\x65\x66lated\x18\x04 \x01(\x0c\"2\n\x10ReadTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08relay_id\x18\x02 \x01(\x04\"/\n\rRelayResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x10\n\x08relay_id\x18\x02 \x01(\x04\"!\n\x11\x43ountTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x12\x43ountTableResponse\x12\r\n\x05lines\x18\x01 \x01(\x04**\n\x06Stream\x12\x08\n\x04NONE\x10\x00\x12\n\n\x06STDOUT\x10\x01\x12\n\n\x06STDERR\x10\x02\x32\xcc\x07\n\x05Guest\x12\x38\n\x05\x43laim\x12\x17.kata_shim.ClaimRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nStandStill\x12\x1c.kata_shim.StandStillRequest\x1a\x16.google.protobuf.Empty\x12\x34\n\x08\x41\x64\x64Route\x12\x1a.kata_shim.AddRouteRequest\x1a\x0c.types.Route\x12<\n\x0c\x44\x65leteRoutes\x12\x1e.kata_shim.DeleteRoutesRequest\x1a\x0c.grpc.Routes\x12@\n\x0eListMainRoutes\x12 .kata_shim.ListMainRoutesRequest\x1a\x0c.grpc.Routes\x12O\n\x0cStartCommand\x12\x1e.kata_shim.StartCommandRequest\x1a\x1f.kata_shim.StartCommandResponse\x12\x42\n\nWriteStdin\x12\x1c.kata_shim.WriteStdinRequest\x1a\x16.google.protobuf.Empty\x12\x42\n\nCloseStdin\x12\x1c.kata_shim.CloseStdinRequest\x1a\x16.google.protobuf.Empty\x12I\n\nReadOutput\x12\x1c.kata_shim.ReadOutputRequest\x1a\x1d.kata_shim.ReadOutputResponse\x12L\n\x0bWaitCommand\x12\x1d.kata_shim.WaitCommandRequest\x1a\x1e.kata_shim.WaitCommandResponse\x12\x44\n\x0bKillCommand\x12\x1d.kata_shim.KillCommandRequest\x1a\x16.google.protobuf.Empty\x12H\n\x0cRelayNetlink\x12\x1e.kata_shim.RelayNetlinkRequest\x1a\x18.kata_shim.RelayResponse\x12\x42\n\tReadTable\x12\x1b.kata_shim.ReadTableRequest\x1a\x18.kata_shim.RelayResponse\x12I\n\nCountTable\x12\x1c.kata_shim.CountTableRequest\x1a\x1d.kata_shim.CountTableResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kata_shim.protos.guest_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAM']._serialized_start=1092
-  _globals['_STREAM']._serialized_end=1134
+  _globals['_STREAM']._serialized_start=1110
+  _globals['_STREAM']._serialized_end=1152
   _globals['_CLAIMREQUEST']._serialized_start=132
   _globals['_CLAIMREQUEST']._serialized_end=194
   _globals['_STANDSTILLREQUEST']._serialized_start=196
@@ -65,15 +65,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KILLCOMMANDREQUEST']._serialized_start=784
   _globals['_KILLCOMMANDREQUEST']._serialized_end=840
   _globals['_RELAYNETLINKREQUEST']._serialized_start=842
-  _globals['_RELAYNETLINKREQUEST']._serialized_end=917
-  _globals['_READTABLEREQUEST']._serialized_start=919
-  _globals['_READTABLEREQUEST']._serialized_end=969
-  _globals['_RELAYRESPONSE']._serialized_start=971
-  _globals['_RELAYRESPONSE']._serialized_end=1018
-  _globals['_COUNTTABLEREQUEST']._serialized_start=1020
-  _globals['_COUNTTABLEREQUEST']._serialized_end=1053
-  _globals['_COUNTTABLERESPONSE']._serialized_start=1055
-  _globals['_COUNTTABLERESPONSE']._serialized_end=1090
-  _globals['_GUEST']._serialized_start=1137
-  _globals['_GUEST']._serialized_end=2109
+  _globals['_RELAYNETLINKREQUEST']._serialized_end=935
+  _globals['_READTABLEREQUEST']._serialized_start=937
+  _globals['_READTABLEREQUEST']._serialized_end=987
+  _globals['_RELAYRESPONSE']._serialized_start=989
+  _globals['_RELAYRESPONSE']._serialized_end=1036
+  _globals['_COUNTTABLEREQUEST']._serialized_start=1038
+  _globals['_COUNTTABLEREQUEST']._serialized_end=1071
+  _globals['_COUNTTABLERESPONSE']._serialized_start=1073
+  _globals['_COUNTTABLERESPONSE']._serialized_end=1108
+  _globals['_GUEST']._serialized_start=1155
+  _globals['_GUEST']._serialized_end=2127
 # @@protoc_insertion_point(module_scope)

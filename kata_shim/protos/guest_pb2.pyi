@@ -122,14 +122,16 @@ class KillCommandRequest(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., signal: _Optional[int] = ...) -> None: ...
 
 class RelayNetlinkRequest(_message.Message):
-    __slots__ = ("protocol", "messages", "relay_id")
+    __slots__ = ("protocol", "messages", "relay_id", "deflated")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     RELAY_ID_FIELD_NUMBER: _ClassVar[int]
+    DEFLATED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     messages: _containers.RepeatedScalarFieldContainer[bytes]
     relay_id: int
-    def __init__(self, protocol: _Optional[int] = ..., messages: _Optional[_Iterable[bytes]] = ..., relay_id: _Optional[int] = ...) -> None: ...
+    deflated: bytes
+    def __init__(self, protocol: _Optional[int] = ..., messages: _Optional[_Iterable[bytes]] = ..., relay_id: _Optional[int] = ..., deflated: _Optional[bytes] = ...) -> None: ...
 
 class ReadTableRequest(_message.Message):
     __slots__ = ("name", "relay_id")

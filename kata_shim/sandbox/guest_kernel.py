@@ -26,8 +26,8 @@ from kata_shim.ipvs.rules import Daemon, Info, Key, ServerState, ServiceState, T
 from kata_shim.ipvs.wire import Op
 from kata_shim.qemu.monitor import run_to_end
 
-CHUNK = 256  # rules in one message to the guest
-IN_FLIGHT = 4  # chunks
+CHUNK = 1024
+IN_FLIGHT = 4
 MAX_SAID = 24 << 20  # bytes; three times what the documents' most rules take
 MAX_NAMES = 1 << 20  # bytes of a file
 

@@ -1,14 +1,17 @@
 """kata-ipvs: the IPVS table of one sandbox's guest. What changes it is whole or leaves nothing behind.
 
 There is no copy of the table: each answer is the kernel's own. What a change of many rules would destroy is
-kept in a file until the change is whole, so that a shim killed meanwhile is mended by the next one.
+kept in a file until the change is whole, so that a shim killed meanwhile is mended by the next one. What a
+guest that stands still leaves half done is taken back as soon as it answers, and before anything is listed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -19,6 +22,7 @@ from kata_shim.ipvs import connections, listing, plan
 from kata_shim.ipvs.command import Command, Verb
 from kata_shim.ipvs.names import NUMERIC
 from kata_shim.ipvs.plan import Table
+from kata_shim.ipvs.rules import ServiceState
 from kata_shim.qemu.monitor import run_to_end
 from kata_shim.sandbox.guest_kernel import GuestKernel, RefusedError, Tell
 from kata_shim.sandbox.record import write_whole
@@ -35,14 +39,21 @@ class Ipvs:
         self.kernel = kernel
         self._before = before
         self._changing = asyncio.Lock()
+        self._cut = before.exists()  # whether a change has ended that is still to be taken back
+        self._waiting: asyncio.Task[None] | None = None
 
     async def reconcile(self) -> None:
-        """After re-attach: take back a change that was cut; what cannot be now, the next change does."""
+        """After re-attach: take back a change that was cut; if not now, then when the guest answers."""
         try:
-            async with self._changing:
-                await self._mend()
+            await self._be_whole()
         except ShimError as error:
             log.warning("a cut change of IPVS rules stays for now", error=error.message)
+
+    async def close(self) -> None:
+        """Wait for the guest no more; what is still to be taken back is the next shim's."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.wait([self._waiting])
 
     async def change(self, command: Command, *, limited: bool) -> None:
         """Do one command; raises RefusedError.
@@ -51,15 +62,15 @@ class Ipvs:
         """
         async with self._changing:
             if command.verb is Verb.CLEAR:  # whatever there was before: the way out of any trouble with that
-                await run_to_end(self.kernel.do(command))
-                self._before.unlink(missing_ok=True)
+                await run_to_end(_told(self.kernel.do(command)))
+                self._settled()
                 return
             await self._mend()
             if limited and command.verb in (Verb.ADD_SERVICE, Verb.ADD_SERVER):
                 count = await self.kernel.count()
                 if count >= MAX_RULES:
                     raise _too_many(f"the guest has {count}")
-            await run_to_end(self.kernel.do(command))
+            await run_to_end(_told(self.kernel.do(command)))
 
     async def fill(self, commands: Sequence[Command], tell: Tell) -> None:
         """Do rules on an empty table; on any failure it is empty again.
@@ -101,6 +112,7 @@ class Ipvs:
     async def listing(self, command: Command) -> str:
         """Return what `ipvsadm --list` prints, with each of its options, or `--save`; raises RefusedError."""
         given, kernel = command.given, self.kernel
+        await self._be_whole_if_can()
         names = NUMERIC if "numeric" in given else await kernel.names()
         if command.verb is Verb.SAVE:
             return "".join(listing.saved(await kernel.services(), names))
@@ -116,21 +128,60 @@ class Ipvs:
         states = await (kernel.services() if given & _IN_FULL else kernel.services_in_short())
         return "".join(listing.table(await kernel.info(), states, given, names))
 
+    async def states(self, command: Command) -> list[ServiceState]:
+        """Return what `ipvsadm --list` of services is made of; raises RefusedError."""
+        await self._be_whole_if_can()
+        return await self.kernel.services(command.service.key if command.service is not None else None)
+
     async def _whole_or_gone(self, have: Table, commands: Sequence[Command], tell: Tell) -> None:
         """Do commands, or go back to the table that there is."""
         write_whole(self._before, orjson.dumps(plan.to_json(have)))
         try:
             await self.kernel.load(commands, tell)
         except BaseException:
+            self._cut = True
             await run_to_end(self._mend())
             raise
-        self._before.unlink()
+        self._settled()
+
+    async def _be_whole(self) -> None:
+        """Take back what was cut; a change that is under way is not waited for."""
+        if self._cut:
+            async with self._changing:
+                await self._mend()
+
+    async def _be_whole_if_can(self) -> None:
+        with suppress(ShimError):
+            await self._be_whole()
 
     async def _mend(self) -> None:
-        """Go back to the table before a change that is not whole."""
+        """Go back to the table before a change that is not whole; if the guest is silent, when it answers."""
+        try:
+            await self._go_back()
+        except ShimError as error:
+            if error.code != "deadline-exceeded":
+                raise
+            if self._waiting is None or self._waiting.done():
+                self._waiting = asyncio.create_task(self._mend_when_answered())
+            text = f"{error.message}; a change that was cut is taken back as soon as the guest answers"
+            raise ShimError(error.code, text) from None
+
+    async def _mend_when_answered(self) -> None:
+        while self._cut:
+            try:
+                await self.kernel.count()
+                async with self._changing:
+                    await self._go_back()
+            except ShimError as error:
+                if error.code != "deadline-exceeded":
+                    log.warning("a cut change of IPVS rules stays for now", error=error.message)
+                    return
+
+    async def _go_back(self) -> None:
         try:
             want = plan.from_json(orjson.loads(self._before.read_bytes()))
         except FileNotFoundError:
+            self._cut = False
             return
         except (TypeError, ValueError) as error:
             raise ShimError("data-loss", f"{self._before}: not a table of this version: {error}") from None
@@ -143,7 +194,22 @@ class Ipvs:
                 await self.kernel.do(Command(Verb.CLEAR))
         except RefusedError as error:
             raise ShimError("aborted", f"an earlier change cannot be taken back: {error.message}") from None
-        self._before.unlink()
+        self._settled()
+
+    def _settled(self) -> None:
+        self._before.unlink(missing_ok=True)
+        self._cut = False
+
+
+async def _told(change: Coroutine[Any, Any, None]) -> None:
+    """Do one change of the guest's kernel; where no answer comes, the error says what that means."""
+    try:
+        await change
+    except ShimError as error:
+        if error.code not in ("deadline-exceeded", "data-loss"):
+            raise
+        text = f"{error.message}; whether the change was made, or still will be, is not known"
+        raise ShimError(error.code, text) from None
 
 
 async def _tell_nobody(done: int, total: int) -> None:

@@ -350,6 +350,8 @@ class Sandbox:
         """Let go of everything without ending it: the shim stops, the sandbox goes on."""
         if self._network is not None and not self.gone.is_set():
             await self._network.settle()
+        if self._ipvs is not None:
+            await self._ipvs.close()
         for task in self._tasks:
             if task is not self._clearing:
                 task.cancel()

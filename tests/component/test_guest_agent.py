@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import sys
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,13 @@ class TestRelays:
             pieces.append(answer.data)
         assert (len(pieces) > 2, b"".join(pieces)) == (True, once * count)
 
+    async def test_a_large_message_comes_deflated(self, client: Client) -> None:
+        deflate = zlib.compressobj(wbits=-15)
+        deflated = deflate.compress(FAMILIES) + deflate.flush()
+        whole = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES])
+        packed = RelayNetlinkRequest(protocol=GENERIC, deflated=deflated)
+        assert await call(client, "RelayNetlink", packed) == await call(client, "RelayNetlink", whole)
+
     async def test_what_nobody_takes_gives_way(self, client: Client) -> None:
         """Callers that went away in the middle must not use up what others need."""
         many = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES] * 1000)
@@ -365,6 +373,7 @@ class TestRelays:
     async def test_only_what_is_needed_is_relayed(self, client: Client) -> None:
         for method, request in (
             ("RelayNetlink", RelayNetlinkRequest(protocol=0, messages=[FAMILIES])),
+            ("RelayNetlink", RelayNetlinkRequest(protocol=GENERIC, deflated=b"not deflated")),
             ("ReadTable", ReadTableRequest(name="../shadow")),
             ("CountTable", CountTableRequest(name="/etc/shadow")),
         ):

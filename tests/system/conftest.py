@@ -36,4 +36,3 @@ def ipvs_guest(shared_guest: Guest) -> Iterator[Guest]:
     yield shared_guest
     for command in ("-C", "--set 900 120 300"):
         assert shared_guest.run("ipvsadm", *command.split()).status == 0
-    assert shared_guest.run("conntrack", "-F").status == 0

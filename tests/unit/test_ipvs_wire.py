@@ -104,8 +104,11 @@ def test_the_kernels_own_flag_is_left_out() -> None:
 def with_connections(message: bytes) -> bytes:
     """Put the numbers of connections, which only the kernel sends, behind the server's other attributes."""
     numbers = b"".join(struct.pack("=HHI", 8, kind, 0) for kind in (7, 8, 9))
-    start = message.rindex(struct.pack("=HH", 6, 11)) - 4  # the nest begins before the family
+    start = 20
     length, kind = struct.unpack_from("=HH", message, start)
+    while kind & 0x3FFF != 2:  # the service comes before the server
+        start += length
+        length, kind = struct.unpack_from("=HH", message, start)
     nest = struct.pack("=HH", length + len(numbers), kind) + message[start + 4 :] + numbers
     return struct.pack("=I", len(message) + len(numbers)) + message[4:start] + nest
 
@@ -121,10 +124,23 @@ def test_a_server_comes_back_as_it_was(key: Key, server: Server) -> None:
 def test_messages_have_the_kernels_bytes() -> None:
     add = wire.message(Command(Verb.ADD_SERVICE, Service(WEB, "rr", 1, 3000)), FAMILY, 7, netlink.NLM_F_ACK)
     assert add == bytes.fromhex(
-        "68000000 2000 0500 07000000 00000000 01 01 0000"
-        "5400 0180 0600 0100 0200 0000 0600 0200 0600 0000 1400 0300 0a000001 000000000000000000000000"
+        "5c000000 2000 0500 07000000 00000000 01 01 0000"
+        "4800 0180 0600 0100 0200 0000 0600 0200 0600 0000 0800 0300 0a000001"
         "0600 0400 0050 0000 0700 0600 727200 00 0c00 0700 01000000 ffffffff 0800 0800 b80b0000"
         "0800 0900 ffffffff"
+    )
+    server = Server(AF_INET, bytes((172, 16, 0, 1)), 8080, weight=2)
+    add = wire.message(Command(Verb.ADD_SERVER, Service(WEB), server), FAMILY, 7)
+    assert add == bytes.fromhex(
+        "6c000000 2000 0100 07000000 00000000 05 01 0000"
+        "2400 0180 0600 0100 0200 0000 0600 0200 0600 0000 0800 0300 0a000001 0600 0400 0050 0000"
+        "3400 0280 0800 0100 ac100001 0600 0200 1f90 0000"
+        "0800 0300 03000000 0800 0400 02000000 0800 0500 00000000 0800 0600 00000000"
+    )
+    tunnel = server._replace(family=AF_INET6, address=bytes(16), forward=TUNNEL, tunnel=GUE, tunnel_port=6080)
+    add = wire.message(Command(Verb.ADD_SERVER, Service(WEB), tunnel), FAMILY, 7)
+    assert add[-32:] == bytes.fromhex(
+        "0500 0d00 01000000 0600 0e00 17c0 0000 0600 0f00 0000 0000 0600 0b00 0a00 0000"
     )
     clear = wire.message(Command(Verb.CLEAR), FAMILY, 8)
     assert clear == bytes.fromhex("14000000 2000 0100 08000000 00000000 11 01 0000")
