@@ -1,15 +1,14 @@
-"""The agent's calls on containers: the shim's end, one method per call. What the guest answers is untrusted."""
+"""The agent's calls on containers, the shim's end, one method per call. The guest's answers are untrusted."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from kata_shim.agent import Agent
-from kata_shim.errors import ShimError, invalid
+from kata_shim.errors import invalid
 from kata_shim.protos import agent_pb2, oci_pb2
 from kata_shim.protos.services import AGENT_SERVICE
 
@@ -36,7 +35,7 @@ class Containers:
         await self._call("CreateSandbox", request, RUNTIME_TIMEOUT)
 
     async def create(self, container_id: str, spec: dict[str, Any], *, sandbox_pidns: bool) -> None:
-        """Create a container, up to where its first process, whose exec id is the container's, would begin."""
+        """Create a container, up to where its first process, of the same exec id, would begin."""
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
             exec_id=container_id,
@@ -132,7 +131,7 @@ class Containers:
 
 
 def from_json(kind: type[_M], value: object, where: str) -> _M:
-    """Return a message of what JSON says of it by the names of its fields; what it has no field for is left out.
+    """Return a message, its fields taken by their names from JSON; what it has no field for is left out.
 
     Raises ShimError `invalid-argument` that names the field.
     """
@@ -151,7 +150,7 @@ def from_json(kind: type[_M], value: object, where: str) -> _M:
     return message
 
 
-def _set(message: Message, name: str, kind: Descriptor | None, given: Any, place: str) -> None:
+def _set(message: Message, name: str, kind: Any, given: Any, place: str) -> None:
     if kind is None:
         if isinstance(given, list):
             getattr(message, name).extend(given)

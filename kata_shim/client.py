@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kata_shim.spawn import Containerd
+
 MAX_LINE = 4 * 1024 * 1024
 MAX_ID = 64
 MAX_SUN_PATH = 107
@@ -321,17 +323,22 @@ def cancellation(call_id: int) -> bytes:
 
 
 def connect(
-    root: str, sandbox_id: str, warn: Callable[[str], None] | None = None, *, revive: bool = True
+    root: str,
+    sandbox_id: str,
+    warn: Callable[[str], None] | None = None,
+    *,
+    revive: bool = True,
+    containerd: Containerd | None = None,
 ) -> Connection:
     """Connect to the shim of `sandbox_id`, a full id; with `revive`, start one where none is running.
 
-    Any number of callers at once start one shim. Raises ShimError: `not-found` without such a sandbox,
+    Any number of callers at once start one shim, `containerd`'s if given. Raises ShimError: `not-found` without such a sandbox,
     `unavailable` where no shim runs and none is to be started; OSError where it cannot be started.
     """
     directory = sandbox_directory(root, sandbox_id)
     sock = _dial(directory)
     if sock is None and revive:
-        sock = _start_shim(root, sandbox_id, directory)
+        sock = _start_shim(root, sandbox_id, directory, containerd)
     if sock is None:
         raise ShimError("unavailable", f"no shim of {sandbox_id} is running")
     return Connection(sock, directory, warn)
@@ -373,7 +380,7 @@ def _at_path(directory: str, name: str, act: Callable[[str], None]) -> None:
         os.close(descriptor)
 
 
-def _start_shim(root: str, sandbox_id: str, directory: str) -> socket | None:
+def _start_shim(root: str, sandbox_id: str, directory: str, containerd: Containerd | None) -> socket | None:
     """Start a shim unless someone else has meanwhile, and return a socket connected to it."""
     from kata_shim.spawn import spawn
 
@@ -386,7 +393,8 @@ def _start_shim(root: str, sandbox_id: str, directory: str) -> socket | None:
         try:
             zygote = _dial_zygote(root)
             try:
-                spawn(root, sandbox_id, f"{directory}/shim.log", listener.fileno(), zygote)
+                log = f"{directory}/shim.log"
+                spawn(root, sandbox_id, log, listener.fileno(), zygote, containerd)
             finally:
                 if zygote is not None:
                     zygote.close()

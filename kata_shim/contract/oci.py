@@ -35,7 +35,7 @@ class Bundle:
     spec: Json
     sandbox_id: str  # "" for a sandbox of its own
     is_sandbox: bool
-    terminal: bool
+    rootfs: str  # where it lies, from the bundle's directory
     readonly: bool
 
     @property
@@ -56,9 +56,11 @@ def read(spec: object) -> Bundle:
     sandbox_id = str(annotations.get(SANDBOX_ID) or "")
     kind = annotations.get(CONTAINER_TYPE)
     if kind not in (None, "sandbox", "container"):
-        raise invalid(f"config.json: annotations: {CONTAINER_TYPE}: {kind!a} is neither sandbox nor container")
+        raise invalid(
+            f"config.json: annotations: {CONTAINER_TYPE}: {kind!a} is neither sandbox nor container"
+        )
     return Bundle(
-        spec, sandbox_id, kind != "container", bool(process.get("terminal")), bool(root.get("readonly"))
+        spec, sandbox_id, kind != "container", str(root.get("path") or "rootfs"), bool(root.get("readonly"))
     )
 
 
@@ -81,7 +83,7 @@ def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[
         "root": {"path": rootfs, "readonly": bundle.readonly},
         "hostname": str(spec.get("hostname") or ""),
         "annotations": _object(spec, "annotations"),
-        "mounts": [adapted for mount in spec.get("mounts") or [] if (adapted := _mount(mount, share))],
+        "mounts": [made for mount in spec.get("mounts") or [] if (made := _mount(mount, share))],
         "linux": {
             "namespaces": namespaces,
             "resources": resources(_object(linux, "resources")),

@@ -29,8 +29,8 @@ class Shares:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def mount_rootfs(self, container_id: str, wanted: Sequence[Mount], bundle: str) -> str:
-        """Mount a root file system, or share the bundle's own; return the guest's path.
+    def mount_rootfs(self, container_id: str, wanted: Sequence[Mount], own: Path) -> str:
+        """Mount a root file system, or share the bundle's `own`; return the guest's path.
 
         Raises ShimError; what was mounted by then stays until `release`.
         """
@@ -39,7 +39,7 @@ class Shares:
         for fstype, source, options in wanted:
             mounts.mount(source, str(target), fstype, options)
         if not wanted:
-            mounts.mount(f"{bundle}/rootfs", str(target), "", ("rbind",))
+            mounts.mount(str(own), str(target), "", ("rbind",))
         mounts.isolate(str(target))
         return f"{GUEST_DIRECTORY}/{container_id}/rootfs"
 

@@ -1,4 +1,4 @@
-"""The streams of a container's process, between containerd's FIFOs and the guest; never faster than either."""
+"""The streams of a container's process, between containerd's FIFOs and the guest, no faster than either."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ class Stdio:
 
     def begin(self, read: dict[str, Read], write: Write, end: Callable[[], Awaitable[None]]) -> None:
         """Move bytes from now on: of `read` to the outputs, of the input to `write`, its end to `end`."""
-        self._outputs = [
-            asyncio.ensure_future(self._drain(name, read[name])) for name in self._output
-        ]
+        self._outputs = [asyncio.ensure_future(self._drain(name, read[name])) for name in self._output]
         if self._input is not None:
             self._feeding = asyncio.ensure_future(self._feed(self._input, write, end))
 

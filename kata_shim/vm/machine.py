@@ -231,7 +231,9 @@ class Machine:
         fds = {name: listener.fileno() for name, listener in listeners.items()}
         spec = replace(spec, qmp_fd=fds["qmp"], console_fd=fds["console"], guest_cid=cid)
         (self._near / SHARED).mkdir(mode=0o700, exist_ok=True)
-        spec = replace(spec, agent_fd=fds.get("agent", -1), shared_directory=f"{self._directory_path}/{SHARED}")
+        spec = replace(
+            spec, agent_fd=fds.get("agent", -1), shared_directory=f"{self._directory_path}/{SHARED}"
+        )
         try:
             self.process = spawn(
                 cmdline.build(spec),
