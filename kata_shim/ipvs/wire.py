@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from functools import lru_cache
 
 from kata_shim.ipvs import netlink as put
 from kata_shim.ipvs.command import Command, Verb
@@ -27,6 +26,7 @@ from kata_shim.ipvs.rules import (
     Stats,
     Timeouts,
 )
+from kata_shim.memory import remember
 
 FAMILY = "IPVS"
 VERSION = 1
@@ -138,7 +138,7 @@ def _message(operation: Op, body: bytes, family: int, sequence: int, flags: int)
 
 
 # A service's servers follow each other, so that few are remembered in vain.
-@lru_cache(maxsize=64)
+@remember(64)
 def _key(key: Key) -> bytes:
     return put.attribute(_SERVICE | put.NESTED, _key_attributes(key))
 
@@ -158,7 +158,7 @@ def _place(address_kind: int, address: bytes, port_kind: int, port: int) -> byte
     )
 
 
-@lru_cache(maxsize=64)
+@remember(64)
 def _service_attributes(scheduler: str, flags: int, timeout: int, netmask: bytes, engine: str) -> bytes:
     attributes = put.name(_SCHED, scheduler) + (put.name(_PE, engine) if engine else b"")
     attributes += put.attribute(_FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
@@ -181,7 +181,7 @@ def _server(server: Server, of: int) -> bytes:
     return put.attribute(_DEST | put.NESTED, attributes)
 
 
-@lru_cache(maxsize=64)
+@remember(64)
 def _server_options(
     forward: int, weight: int, upper: int, lower: int, tunnel: int, tunnel_port: int, tunnel_flags: int
 ) -> bytes:
