@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 import signal
@@ -124,6 +125,7 @@ def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
     log.setup(sandbox_id)
     listener = socket.socket(fileno=listen_fd)
     os.set_inheritable(listen_fd, False)
+    gc.freeze()  # what was imported stays: the collector need not walk it again and again
     asyncio.run(serve(root, sandbox_id, listener))
     return 0
 
