@@ -1,4 +1,4 @@
-"""bench/run [CASE]… [--rounds N] [--cycles N] [--write]: measure and print tables.
+"""bench/run [CASE]… [--rounds N] [--cycles N] [--seconds N] [--write]: measure and print tables.
 
 The cases are the letters of README.md, `waterfall` and `leaks`; without any, all but leaks. With --write each
 section of README.md is replaced of which all cases were measured.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 
 from bench import cases, ipvs, memory, report, start, waterfall
 from bench.cases import Comparison
 from bench.leaks import leaks
 from bench.leaks import text as leaks_text
+from bench.load import load
 from bench.place import Ground, Place
 from bench.reattach import reattach
 from bench.stand import Stand
@@ -37,21 +41,26 @@ FACTORY: dict[str, Callable[[Ground, int], list[Comparison]]] = {
     "i": memory.memory,
     "j": start.images,
 }
-WATERFALL, LEAKS = "waterfall", "leaks"
-ROUNDS, CYCLES = 15, 1000
+LOAD, WATERFALL, LEAKS = "o", "waterfall", "leaks"
+ROUNDS, CYCLES, SECONDS = 15, 1000, 60
 
 
 def main() -> None:
     """Run the command line."""
     options = argparse.ArgumentParser(prog="bench/run", description=__doc__)
-    names = [*NETWORK, *IPVS, *FACTORY, WATERFALL, LEAKS]
+    names = [*NETWORK, *IPVS, LOAD, *FACTORY, WATERFALL, LEAKS]
     options.add_argument(
         "cases", nargs="*", metavar="CASE", choices=[*names, []], help="default: all but leaks"
     )
     options.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     options.add_argument("--cycles", type=int, default=CYCLES, help="of leaks; default: %(default)s")
+    options.add_argument("--seconds", type=int, default=SECONDS, help="of o; default: %(default)s")
     options.add_argument("--write", action="store_true", help="write bench/README.md")
     given = options.parse_args()
+    # As by SIGINT: what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if descriptor := os.environ.get("BENCH_NETWORK"):
+        os.environ["BENCH_NETWORK"] = _own(int(descriptor))
     wanted = given.cases or names[:-1]
     with Ground() as ground:
         machine = report.machine(_accelerator(ground))
@@ -62,6 +71,8 @@ def main() -> None:
                     for letter in letters:
                         found += group[letter](stand, given.rounds)
                 _give(section, machine, report.table(found), given, whole=len(letters) == len(group))
+        if LOAD in wanted:
+            _give("load", machine, load(ground, given.seconds), given)
         if letters := [case for case in wanted if case in FACTORY]:
             found = [row for letter in letters for row in FACTORY[letter](ground, given.rounds)]
             _give("factory", machine, report.table(found), given, whole=len(letters) == len(FACTORY))
@@ -77,8 +88,15 @@ def main() -> None:
 def _give(section: str, machine: str, text: str, given: argparse.Namespace, *, whole: bool = True) -> None:
     print(f"{text}\n", flush=True)
     if given.write and whole:
-        how = f"--cycles {given.cycles}" if section == LEAKS else f"--rounds {given.rounds}"
-        report.write(section, f"In one run, {how}, on {machine}.\n\n{text}")
+        rounds = f"--rounds {given.rounds}"
+        how = {LEAKS: f"--cycles {given.cycles}", "load": f"--seconds {given.seconds}"}
+        report.write(section, f"In one run, {how.get(section, rounds)}, on {machine}.\n\n{text}")
+
+
+def _own(descriptor: int) -> str:
+    """Return a path of a descriptor, which no process that is started has then."""
+    os.set_inheritable(descriptor, False)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def _accelerator(ground: Ground) -> str:

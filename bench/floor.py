@@ -12,7 +12,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,17 +109,36 @@ class _Monitor:
 
     def receive(self, kind: str) -> dict[str, Any]:
         """Return the next message of a kind, an event's data; raises RuntimeError for an error."""
+        message = self._next(kind)
+        return dict(message["data"] if kind == "event" else message[kind])
+
+    def ask(self, command: str) -> Any:
+        """Return a command's answer; raises RuntimeError for an error."""
+        self.send([(command, {})])
+        return self._next("return")["return"]
+
+    def _next(self, kind: str) -> dict[str, Any]:
         while line := self._lines.readline():
             message = json.loads(line)
             if "error" in message:
                 raise RuntimeError(f"QEMU: {message['error']['desc']}")
             if kind in message:
-                return dict(message["data"] if kind == "event" else message[kind])
+                return dict(message)
         raise RuntimeError("QEMU closed the monitor")
 
     def close(self) -> None:
         self._lines.close()
         self._connection.close()
+
+
+@contextmanager
+def monitor(stand: Stand) -> Iterator[Callable[[str], Any]]:
+    """Have the monitor of a sandbox whose shim is dead: what QEMU answers to a command."""
+    held = _Monitor(_connect(stand.directory / "qmp.sock"))
+    try:
+        yield held.ask
+    finally:
+        held.close()
 
 
 def _connect(path: Path) -> socket.socket:

@@ -60,7 +60,11 @@ class Stand(Place):
         self.directory = self.root / "sandboxes" / SANDBOX
 
     def __enter__(self) -> Self:
-        self.cli("run", "--detach", SANDBOX)
+        try:
+            self.cli("run", "--detach", SANDBOX)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def state(self) -> dict[str, Any]:

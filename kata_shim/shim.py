@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 import signal
@@ -141,6 +142,7 @@ def _serve(root: Path, sandbox_id: str, listen_fd: int, containerd: Containerd |
     os.set_inheritable(listen_fd, False)
     if containerd is not None:
         os.set_inheritable(containerd.listener, False)
+    gc.freeze()  # what was imported stays: the collector need not walk it again and again
     asyncio.run(serve(root, sandbox_id, listener, containerd))
     return 0
 

@@ -17,9 +17,10 @@ CLONE_NEWNET = 0x40000000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let test_kills.py be asked for more."""
+    """Let test_kills.py and test_ipvs_differential.py be asked for more."""
     parser.addoption("--kills", type=int, default=14, help="how many processes it kills; default: 14")
-    parser.addoption("--seed", type=int, default=3, help="decides which, and when; default: 3")
+    parser.addoption("--sequences", type=int, default=300, help="of ipvsadm's lines to compare; default: 300")
+    parser.addoption("--seed", type=int, default=3, help="decides which of either, and when; default: 3")
 
 
 def pytest_sessionstart() -> None:

@@ -6,7 +6,6 @@ Every error is `invalid-argument` and names the option, its value and the rule; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 from kata_shim.contract.fields import missing, wrong
@@ -30,6 +29,7 @@ from kata_shim.ipvs.rules import (
     Timeouts,
 )
 from kata_shim.ipvs.values import MAX_PORT
+from kata_shim.memory import remember
 from kata_shim.quoting import quoted
 
 MAX_RULES = 20_000  # of one sandbox: services and servers (how-to, IPVS, note 1)
@@ -143,7 +143,7 @@ def parse_plain(words: list[str]) -> Command | None:
 
 
 # A service's servers follow each other, and services often have the same ones: few are remembered in vain.
-@lru_cache(maxsize=64)
+@remember(64)
 def _plain_service(option: str, address: str) -> Service | None:
     """Return the service of which no more is known than that."""
     place, protocol = _place(address), _PLAIN_PROTOCOLS.get(option)
@@ -153,7 +153,7 @@ def _plain_service(option: str, address: str) -> Service | None:
     return Service(Key(family, protocol, *place), netmask=HOST_MASK[family])
 
 
-@lru_cache(maxsize=64)
+@remember(64)
 def _plain_server(of_family: int, of_port: int, *words: str) -> Server | None:
     match words:
         case [address, way]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from kata_shim import log
 from kata_shim.errors import ShimError
+from kata_shim.memory import give_back
 from kata_shim.messages import (
     MAX_LINE,
     Cancel,
@@ -25,6 +26,7 @@ from kata_shim.messages import (
 
 MAX_IN_FLIGHT = 1024  # requests of one connection; its further lines wait, so a flood costs the flooder only
 CLOSE_TIMEOUT = 2.0  # seconds for answers that are due when the server closes
+LARGE = 1 << 17  # bytes of a request and its answer, from which on it pays to give back what they took
 MAX_STDIN = 16  # lines of stdin a client may send beyond those taken; so no line ever waits to be read
 
 
@@ -104,8 +106,8 @@ class Connection:
         """Answer until the client closes or breaks the framing; then every request in flight is cancelled."""
         end = asyncio.create_task(self._cancel_at_end())
         try:
-            while line := await self._read_line():
-                await self._take(line)
+            while await self._take_next():
+                pass
         finally:
             end.cancel()
             self._cancel()
@@ -145,6 +147,13 @@ class Connection:
         except OSError:
             return b""
 
+    async def _take_next(self) -> bool:
+        """Take a line, and let go of it; False when there are no more."""
+        line = await self._read_line()
+        if line:
+            await self._take(line)
+        return bool(line)
+
     async def _take(self, line: bytes) -> None:
         try:
             message = parse(line)
@@ -154,7 +163,7 @@ class Connection:
             await self.send(failure(None if known else error.request_id, error))
             return
         if isinstance(message, Request):
-            await self._start(message)
+            await self._start(message, len(line))
             return
         call = self._calls.get(message.id)
         if call is None:
@@ -164,7 +173,7 @@ class Connection:
         elif isinstance(message, Stdin):
             call.feed(message.data)
 
-    async def _start(self, request: Request) -> None:
+    async def _start(self, request: Request, size: int) -> None:
         if request.id in self._calls:
             await self.send(failure(None, LineError(None, "id: a request with it is in flight")))
             return
@@ -176,11 +185,11 @@ class Connection:
         await self._room.acquire()
         call = Call(self, request)
         self._calls[request.id] = call
-        task = asyncio.create_task(self._run(handler, call, request.id))
+        task = asyncio.create_task(self._run(handler, call, request.id, size))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _run(self, handler: Handler, call: Call, request_id: int | str) -> None:
+    async def _run(self, handler: Handler, call: Call, request_id: int | str, size: int) -> None:
         # Only from here on: a task that is cancelled before it began would never answer.
         call.task = asyncio.current_task()
         try:
@@ -190,6 +199,8 @@ class Connection:
         await self.send(line)
         # Not before: the answers that a client does not read must not pile up here.
         self._room.release()
+        if size + len(line) >= LARGE:
+            asyncio.get_running_loop().call_soon(give_back)  # when this task has let go of both
 
 
 async def _answer(handler: Handler, call: Call, request_id: int | str) -> bytes:

@@ -6,8 +6,9 @@ References: inet(3), inet_pton(3), inet_ntop(3).
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from ipaddress import AddressValueError, IPv6Address
+
+from kata_shim.memory import remember
 
 _OCTETS = {str(octet): octet for octet in range(256)}
 # strtoul(3) with base 0, which must begin with a digit.
@@ -49,7 +50,7 @@ def parse_v6(text: str) -> bytes | None:
         return None
 
 
-@lru_cache(maxsize=4096)
+@remember(64)
 def render(address: bytes) -> str:
     """Return the text of 4 or 16 bytes (inet_ntop)."""
     if len(address) == 4:

@@ -45,22 +45,22 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 def u8(kind: int, value: int) -> bytes:
     """Return an attribute of one byte."""
-    return attribute(kind, struct.pack("=B", value))
+    return attribute(kind, bytes((value,)))
 
 
 def u16(kind: int, value: int) -> bytes:
     """Return an attribute of two bytes in the host's order."""
-    return attribute(kind, struct.pack("=H", value))
+    return attribute(kind, value.to_bytes(2, _ORDER))
 
 
 def be16(kind: int, value: int) -> bytes:
     """Return an attribute of two bytes in network order."""
-    return attribute(kind, struct.pack(">H", value))
+    return attribute(kind, value.to_bytes(2, "big"))
 
 
 def u32(kind: int, value: int) -> bytes:
     """Return an attribute of four bytes in the host's order."""
-    return attribute(kind, struct.pack("=I", value))
+    return attribute(kind, value.to_bytes(4, _ORDER))
 
 
 def name(kind: int, value: str) -> bytes:

@@ -8,8 +8,8 @@ a WireError.
 from __future__ import annotations
 
 import struct
+import sys
 from enum import IntEnum
-from functools import lru_cache
 
 from kata_shim.ipvs import netlink as put
 from kata_shim.ipvs.command import Command, Verb
@@ -27,6 +27,7 @@ from kata_shim.ipvs.rules import (
     Stats,
     Timeouts,
 )
+from kata_shim.memory import remember
 
 FAMILY = "IPVS"
 VERSION = 1
@@ -90,6 +91,7 @@ _I_VERSION, _I_SIZE = 1, 2
 _STATS_WIDTHS = (4, 4, 4, 8, 8, 4, 4, 4, 4, 4)
 
 _GENERIC = struct.Struct("=BB2x")  # genlmsghdr: command, version
+_FLAGS_AND_MASK = struct.Struct("=II")
 # Two attributes, an address and a port, by the address's length.
 _PLACES = {length: struct.Struct(f"=HH{length}sHH2s2x") for length in (4, put.ADDRESS_BYTES)}
 _FORWARD_MASK = 0x7
@@ -138,7 +140,7 @@ def _message(operation: Op, body: bytes, family: int, sequence: int, flags: int)
 
 
 # A service's servers follow each other, so that few are remembered in vain.
-@lru_cache(maxsize=64)
+@remember(64)
 def _key(key: Key) -> bytes:
     return put.attribute(_SERVICE | put.NESTED, _key_attributes(key))
 
@@ -158,16 +160,16 @@ def _place(address_kind: int, address: bytes, port_kind: int, port: int) -> byte
     )
 
 
-@lru_cache(maxsize=64)
+@remember(64)
 def _service_attributes(scheduler: str, flags: int, timeout: int, netmask: bytes, engine: str) -> bytes:
     attributes = put.name(_SCHED, scheduler) + (put.name(_PE, engine) if engine else b"")
-    attributes += put.attribute(_FLAGS, struct.pack("=II", flags, 0xFFFFFFFF))
+    attributes += put.attribute(_FLAGS, _FLAGS_AND_MASK.pack(flags, 0xFFFFFFFF))
     return attributes + put.u32(_TIMEOUT, timeout) + put.attribute(_NETMASK, netmask)
 
 
 def _service(service: Service) -> bytes:
     key, scheduler, flags, timeout, netmask, engine = service
-    mask = struct.pack("=I" if key.family == AF_INET6 else ">I", netmask)
+    mask = netmask.to_bytes(4, sys.byteorder if key.family == AF_INET6 else "big")
     options = _service_attributes(scheduler, flags, timeout, mask, engine)
     return put.attribute(_SERVICE | put.NESTED, _key_attributes(key) + options)
 
@@ -181,7 +183,7 @@ def _server(server: Server, of: int) -> bytes:
     return put.attribute(_DEST | put.NESTED, attributes)
 
 
-@lru_cache(maxsize=64)
+@remember(64)
 def _server_options(
     forward: int, weight: int, upper: int, lower: int, tunnel: int, tunnel_port: int, tunnel_flags: int
 ) -> bytes:
@@ -221,7 +223,7 @@ def read_service(body: memoryview) -> ServiceState:
     else:
         address = fields.address(_ADDR, family)
         key = Key(family, fields.u16(_PROTOCOL), address, fields.be16(_PORT))
-    flags, mask = struct.unpack("=II", fields.value(_FLAGS, 8))
+    flags, mask = _FLAGS_AND_MASK.unpack(fields.value(_FLAGS, 8))
     netmask = fields.u32(_NETMASK) if family == AF_INET6 else fields.be32(_NETMASK)
     engine = fields.text(_PE) if _PE in fields else ""
     service = Service(

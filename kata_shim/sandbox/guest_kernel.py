@@ -26,8 +26,9 @@ from kata_shim.ipvs.rules import Daemon, Info, Key, ServerState, ServiceState, T
 from kata_shim.ipvs.wire import Op
 from kata_shim.qemu.monitor import run_to_end
 
-CHUNK = 1024
-IN_FLIGHT = 4
+CHUNK = 2048  # rules in one message to the guest
+IN_FLIGHT = 2  # chunks: while the guest works on one the next is made
+FLOWS = 256  # conntrack entries in one message, each of which is acknowledged
 MAX_SAID = 24 << 20  # bytes; three times what the documents' most rules take
 MAX_NAMES = 1 << 20  # bytes of a file
 
@@ -156,7 +157,7 @@ class GuestKernel:
                 found.append(_checked(read, answer.body))
         entries = enumerate((entry for entry in found if entry is not None), 1)
         deleted = 0
-        while chunk := list(islice(entries, CHUNK)):
+        while chunk := list(islice(entries, FLOWS)):
             messages = b"".join(conntrack.delete(entry, address, index) for index, entry in chunk)
             for answer in await run_to_end(self._ask([messages], conntrack.PROTOCOL)):
                 if answer.errno not in (0, errno.ENOENT):

@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from kata_shim.errors import ShimError
 from kata_shim.faces.jsonl import MAX_IN_FLIGHT, MAX_STDIN, Call, Server
+from kata_shim.memory import remember
 from kata_shim.messages import MAX_LINE
 from tests.wire import PATIENCE, Wire
 
@@ -159,6 +160,16 @@ async def test_progress_comes_in_order_and_before_the_end(wire: Wire) -> None:
         *(f'{{"id":"{request}","progress":[{n},"{BLOCK}"]}}\n'.encode() for n in range(3)),
         f'{{"id":"{request}","result":"end"}}\n'.encode(),
     ]
+
+
+async def test_what_a_large_request_took_is_given_back(wire: Wire) -> None:
+    """Small ones are not worth the time that takes."""
+    remembered = remember(1)(str.upper)
+    for params, kept in (("small", 1), (BLOCK * 2, 0)):
+        remembered("x")
+        await wire.call("echo", params)
+        await wire.call("echo")
+        assert remembered.cache_info().currsize == kept
 
 
 async def test_an_error_carries_its_attributes_and_warnings(wire: Wire) -> None:

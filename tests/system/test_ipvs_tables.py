@@ -46,6 +46,7 @@ def test_any_rules_are_restored_on_top_of_others(guest: Guest) -> None:
         ("-q", "line 303: Try `ipvsadm -h' or 'ipvsadm --help' for more information."),
         ("-A -t nosuch:80", "line 303: illegal virtual server address[:port] specified"),
         ("-Z", "line 303: zero: it cannot be taken back, so it has no place in a file"),
+        ("ipvsadm -A ipvsadm -t 10.0.0.9:80", "line 303: unexpected argument ipvsadm"),
     ],
 )
 def test_a_table_with_rules_is_as_before_when_one_is_refused(guest: Guest, line: str, reason: str) -> None:

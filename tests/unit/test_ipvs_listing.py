@@ -127,7 +127,10 @@ def test_addresses_are_sorted_also_across_half_of_them() -> None:
 
 
 def test_a_firewall_mark_has_no_sign() -> None:
-    assert listed(services=made("-A -f 4294967295")).endswith("FWM  4294967295 wlc\n")
+    services = made("-A -f 4294967295\n-A -f 1\n-A -f 3000000000\n-A -t 10.0.0.1:80")
+    assert [line.split()[1] for line in listed(services=services).splitlines()[3:]] == [
+        "10.0.0.1:80", "1", "3000000000", "4294967295"
+    ]  # fmt: skip
 
 
 def test_a_flag_of_no_schedulers_is_listed_by_its_number() -> None:
