@@ -7,6 +7,7 @@ import os
 import select
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2
@@ -36,19 +37,30 @@ class Cgroup:
     async def freeze(self, frozen: bool) -> None:
         """Stop every process, or let them go on; returns once it is so."""
         self._write("cgroup.freeze", str(int(frozen)))
+        await self._until(f"frozen {int(frozen)}")
+
+    async def _until(self, words: str) -> None:
+        """Wait for a line of cgroup.events."""
         with open(f"{self._directory}/cgroup.events") as events, select.epoll() as waiting:
             waiting.register(events, select.EPOLLPRI)
             loop = asyncio.get_running_loop()
             woken = asyncio.Event()
             loop.add_reader(waiting, woken.set)
             try:
-                while f"frozen {int(frozen)}" not in events.read():
+                while words not in events.read():
                     await woken.wait()
                     woken.clear()
                     waiting.poll(0)
                     events.seek(0)
             finally:
                 loop.remove_reader(waiting)
+
+    async def remove(self) -> None:
+        """Remove the cgroup, and those that its processes have made in it, once the last of them has gone."""
+        for directory, _, _ in list(os.walk(self._directory, topdown=False)):
+            with suppress(FileNotFoundError):
+                await self._until("populated 0")
+                os.rmdir(directory)
 
     def watch(self, tell: Callable[[str], None]) -> Callable[[], None]:
         """Call `tell` with the container's id whenever the kernel kills for want of memory, until closed."""

@@ -10,15 +10,12 @@ channel.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Coroutine
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -26,7 +23,8 @@ from google.protobuf.empty_pb2 import Empty
 from kata_shim.errors import ShimError, invalid
 from kata_shim.guest import cgroup, oci, storage
 from kata_shim.guest.children import Children
-from kata_shim.guest.process import Process, Streams
+from kata_shim.guest.process import Process
+from kata_shim.guest.runtime import Runtime
 from kata_shim.protos import agent_pb2
 
 MAX_CONTAINERS = 256
@@ -42,14 +40,15 @@ _T = TypeVar("_T")
 class Container:
     """One container."""
 
-    def __init__(self, container_id: str, first: str) -> None:
+    def __init__(self, container_id: str, first: str, program: str, children: Children) -> None:
         self.id = container_id
         self.directory = f"{_RUN}/{container_id}"
         self.first = first  # the exec_id of its first process
         self.processes: dict[str, Process] = {}
         self.cgroup = cgroup.Cgroup(container_id)
+        self.runtime = Runtime(program, children, container_id, self.directory)
+        self.has_hooks = False
         self.closing = ExitStack()
-        self.lock = asyncio.Lock()  # of the runtime's commands, which refuse to run at once
 
     def process(self, exec_id: str) -> Process:
         """Return a process; raises ShimError `not-found`."""
@@ -77,7 +76,7 @@ class Containers:
             raise ShimError("already-exists", f"container_id: {container_id} is in use")
         if len(self._containers) >= MAX_CONTAINERS:
             raise ShimError("resource-exhausted", f"more than {MAX_CONTAINERS} containers")
-        container = Container(container_id, request.exec_id or container_id)
+        container = Container(container_id, request.exec_id or container_id, self._runtime, self._children)
         self._containers[container_id] = container
         await _to_end(self._create(container, request))
         return Empty()
@@ -85,7 +84,7 @@ class Containers:
     async def start_container(self, request: agent_pb2.StartContainerRequest) -> Empty:
         """Let the first process begin."""
         container = self._find(request.container_id)
-        await _to_end(self._run(container, "start", container.id))
+        await _to_end(container.runtime.start())
         return Empty()
 
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> Empty:
@@ -131,9 +130,7 @@ class Containers:
     async def update_container(self, request: agent_pb2.UpdateContainerRequest) -> Empty:
         """Change a container's resources."""
         container = self._find(request.container_id)
-        path = f"{container.directory}/resources.json"
-        _write(path, oci.to_json(request.resources))
-        await _to_end(self._run(container, "update", f"--resources={path}", container.id))
+        await _to_end(container.runtime.update(oci.to_json(request.resources)))
         return Empty()
 
     async def stats_container(
@@ -194,10 +191,10 @@ class Containers:
                 container.closing.callback(storage.detach, storage.attach(one))
             spec = oci.to_json(request.OCI)
             self._adapt(spec, container, sandbox_pidns=request.sandbox_pidns)
-            _write(f"{container.directory}/config.json", spec)
-            words = ("create", f"--bundle={container.directory}")
+            container.has_hooks = bool(spec.get("hooks"))
+            container.runtime.write("config.json", spec)
             terminal = bool(spec.get("process", {}).get("terminal"))
-            await self._launch(container, container.first, words, (container.id,), terminal=terminal)
+            container.processes[container.first] = await container.runtime.create(terminal=terminal)
             container.closing.callback(container.cgroup.watch(self._ooms.put_nowait))
         except BaseException:
             del self._containers[container.id]
@@ -205,57 +202,18 @@ class Containers:
             raise
 
     async def _exec(self, container: Container, exec_id: str, process: dict[str, Any]) -> None:
-        path = f"{container.directory}/{exec_id}.process.json"
-        _write(path, process)
-        words = ("exec", "--detach", f"--process={path}")
-        terminal = bool(process.get("terminal"))
-        await self._launch(container, exec_id, words, (container.id,), terminal=terminal)
-
-    async def _launch(
-        self,
-        container: Container,
-        exec_id: str,
-        words: tuple[str, ...],
-        last: tuple[str, ...],
-        *,
-        terminal: bool,
-    ) -> None:
-        """Have the runtime start a process, which it leaves to us."""
-        pid_file = f"{container.directory}/{exec_id}.pid"
-        streams = Streams(container.directory, terminal=terminal)
-        try:
-            with self._children.adopting() as adopt:
-                all_words = (*words, f"--pid-file={pid_file}", *streams.words, *last)
-                await self._run(container, *all_words, streams=streams.given)
-                pid = int(Path(pid_file).read_text())
-                streams.begin()
-                container.processes[exec_id] = Process(pid, adopt(pid), streams)
-        except BaseException:
-            streams.close()
-            raise
+        container.processes[exec_id] = await container.runtime.exec(exec_id, process)
 
     async def _remove(self, container: Container) -> None:
-        with suppress(ShimError):  # it has none left
+        with suppress(ShimError):  # it has no control group any more
             container.cgroup.signal(signal.SIGKILL)
-        await self._run(container, "delete", "--force", container.id)
         for process in container.processes.values():
             await asyncio.shield(process.exited)
             process.streams.close()
+        await container.runtime.delete(hooks=container.has_hooks)
+        await container.cgroup.remove()
         self._containers.pop(container.id, None)
         container.closing.close()
-
-    async def _run(self, container: Container, *words: str, streams: list[int] | None = None) -> None:
-        """Run the runtime; raises ShimError with its own words."""
-        stdin, stdout, stderr = streams or [subprocess.DEVNULL] * 3
-        log = f"{container.directory}/runtime.log"
-        async with container.lock:
-            argv = [self._runtime, f"--root={_RUN}/runtime", f"--log={log}", *words]
-            child = self._children.spawn(
-                argv, env=os.environ, cwd="/", stdin=stdin, stdout=stdout, stderr=stderr
-            )
-            if status := await child.exited:
-                why = _last_words(log) or f"exit status {status}"
-                raise ShimError("internal", f"{self._runtime} {words[0]}: {why}")
 
     async def _read(self, request: agent_pb2.ReadStreamRequest, stream: str) -> agent_pb2.ReadStreamResponse:
         container, process = self._find(request.container_id), self._process(request)
@@ -297,16 +255,3 @@ class Containers:
 async def _to_end(work: Coroutine[Any, Any, _T]) -> _T:
     """Await `work`, which goes on if the caller is cancelled: the runtime must not be left half way."""
     return await asyncio.shield(asyncio.ensure_future(work))
-
-
-def _write(path: str, value: object) -> None:
-    with open(path, "w") as file:
-        json.dump(value, file)
-
-
-def _last_words(log: str) -> str:
-    try:
-        with open(log, errors="replace") as file:
-            return file.read()[-2000:].strip().rpartition("\n")[2]
-    except OSError:
-        return ""
