@@ -24,6 +24,19 @@ _PROPAGATION = frozenset(
     {"private", "rprivate", "shared", "rshared", "slave", "rslave", "unbindable", "runbindable"}
 )
 
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SAFE = ("nosuid", "noexec", "nodev")
+_PTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
+_CAPABILITIES = [
+    f"CAP_{name}"
+    for name in (
+        *("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP"),
+        *("SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
+    )
+]
+_MASKED = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/sys/firmware"]
+_READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+
 Json = dict[str, Any]
 Share = Callable[[str, bool], str]  # a path of the host's, and whether to be read only -> the guest's path
 
@@ -42,6 +55,37 @@ class Bundle:
     def hooks(self) -> Json:
         """The hooks, which are the host's business."""
         return _object(self.spec, "hooks")
+
+
+def default_spec(rootfs: str, args: list[str], env: list[str], cwd: str, *, terminal: bool) -> Json:
+    """Return the config.json of a container that was given no more than that.
+
+    Its rights are those that container engines give by default (moby's profile of capabilities).
+    """
+    system = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": [*_SAFE[:1], "mode=755"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": _PTS},
+        {"destination": _SHM, "type": "tmpfs", "source": "shm", "options": [*_SAFE, "mode=1777"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": [*_SAFE]},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_SAFE, "ro"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*_SAFE, "ro"]},
+    ]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": terminal,
+            "user": {"uid": 0, "gid": 0},
+            "args": args,
+            "env": [_PATH, *env],
+            "cwd": cwd or "/",
+            "capabilities": {name: _CAPABILITIES for name in ("bounding", "effective", "permitted")},
+            "noNewPrivileges": True,
+        },
+        "root": {"path": rootfs},
+        "mounts": system,
+        "linux": {"maskedPaths": _MASKED, "readonlyPaths": _READ_ONLY},
+    }
 
 
 def read(spec: object) -> Bundle:

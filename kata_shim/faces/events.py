@@ -110,8 +110,10 @@ def _event(event: str, process: Process, pid: int) -> tuple[str, Message]:
     status = process.exit_status
     match event:
         case "create":
-            io = process.stdio
-            streams = events.TaskIO(stdin=io.stdin, stdout=io.stdout, stderr=io.stderr, terminal=io.terminal)
+            stdin, stdout, stderr = process.stdio.paths
+            streams = events.TaskIO(
+                stdin=stdin, stdout=stdout, stderr=stderr, terminal=process.stdio.terminal
+            )
             return "/tasks/create", events.TaskCreate(
                 container_id=container_id, bundle=process.bundle, io=streams, pid=pid
             )

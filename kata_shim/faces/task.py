@@ -19,7 +19,7 @@ from kata_shim.faces.events import pack, timestamp
 from kata_shim.protos import agent_pb2
 from kata_shim.sandbox.containers import Process
 from kata_shim.sandbox.sandbox import Sandbox
-from kata_shim.sandbox.stdio import Stdio
+from kata_shim.sandbox.stdio import Stdio, by_paths
 from kata_shim.ttrpc.server import Server
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
@@ -65,7 +65,7 @@ class Task:
         rootfs = [(mount.type, mount.source, list(mount.options)) for mount in request.rootfs]
 
         def stdio() -> Stdio:
-            return Stdio(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
+            return by_paths(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
 
         await containers.create(request.id, request.bundle, rootfs, stdio)
         return task_pb2.CreateTaskResponse(pid=self.pid)
@@ -79,16 +79,16 @@ class Task:
         """Tell how a process is."""
         containers = await self._sandbox.containers()
         process = containers.process(request.id, request.exec_id)
-        io = process.stdio
+        stdin, stdout, stderr = process.stdio.paths
         answer = task_pb2.StateResponse(
             id=request.id,
             bundle=process.bundle,
             pid=self.pid,
             status=_STATUS[process.state],
-            stdin=io.stdin,
-            stdout=io.stdout,
-            stderr=io.stderr,
-            terminal=io.terminal,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            terminal=process.stdio.terminal,
             exec_id=request.exec_id,
         )
         if process.state == "stopped":
@@ -132,7 +132,7 @@ class Task:
         """Note one more process, to be started by Start."""
         containers = await self._sandbox.containers()
         containers.find(request.id)
-        stdio = Stdio(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
+        stdio = by_paths(request.stdin, request.stdout, request.stderr, terminal=request.terminal)
         try:
             await containers.add_exec(request.id, request.exec_id, _json(request.spec.value, "spec"), stdio)
         except ShimError:

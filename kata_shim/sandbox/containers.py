@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,21 @@ class Containers:
         self, container_id: str, bundle: str, rootfs: Sequence[Mount], stdio: Callable[[], Stdio]
     ) -> Container:
         """Create a container out of an OCI bundle. Whatever fails, nothing of it is left."""
+        spec = await asyncio.to_thread(_read_json, f"{bundle}/config.json")
+        return await self.create_of(container_id, spec, bundle, rootfs, stdio)
+
+    async def create_of(
+        self,
+        container_id: str,
+        given: object,
+        bundle: str,
+        rootfs: Sequence[Mount],
+        stdio: Callable[[], Stdio],
+    ) -> Container:
+        """As `create`, with what its config.json would say given."""
         if container_id in self._containers:
             raise ShimError("already-exists", f"container {container_id}: the id is in use")
-        described = oci.read(await asyncio.to_thread(_read_json, f"{bundle}/config.json"))
+        described = oci.read(given)
         container = self._containers[container_id] = Container(container_id, bundle, rootfs)
         async with AsyncExitStack() as undo:
             undo.callback(self._containers.pop, container_id)
@@ -146,6 +159,11 @@ class Containers:
         added = container.processes[exec_id] = Process(container_id, exec_id, container.bundle, stdio)
         added.spec = {**process, "apparmorProfile": "", "selinuxLabel": "", "terminal": stdio.terminal}
         self.tell("exec-added", added)
+
+    def new_exec_id(self, container_id: str) -> str:
+        """Return an exec id that no process of the container has."""
+        processes = self.find(container_id).processes
+        return next(name for number in count(1) if (name := f"exec-{number}") not in processes)
 
     async def start(self, container_id: str, exec_id: str) -> Process:
         """Let a process begin."""

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Protocol
 
 from kata_shim import log
 from kata_shim.errors import ShimError, invalid
@@ -16,6 +17,29 @@ CHUNK = 256 * 1024  # bytes
 
 Read = Callable[[], Awaitable[bytes]]
 Write = Callable[[bytes], Awaitable[None]]
+
+
+class Source(Protocol):
+    """Where a process's stdin comes from."""
+
+    async def read(self) -> bytes:
+        """Return what there is, once there is some; b"" at the end."""
+
+    def let_end(self) -> None:
+        """Let the end come once the writers have gone."""
+
+    def close(self) -> None:
+        """Read no more."""
+
+
+class Sink(Protocol):
+    """Where a process's output goes."""
+
+    async def write(self, data: bytes) -> None:
+        """Take all of it."""
+
+    def close(self) -> None:
+        """Take no more."""
 
 
 class Fifo:
@@ -82,80 +106,97 @@ class Fifo:
 
 
 class Stdio:
-    """A process's streams as Create or Exec has named them; "" is none."""
+    """A process's streams. Those that are None lead nowhere; output is read all the same.
 
-    def __init__(self, stdin: str, stdout: str, stderr: str, *, terminal: bool) -> None:
-        self.stdin, self.stdout, self.stderr, self.terminal = stdin, stdout, stderr, terminal
-        self._input = Fifo(stdin, output=False) if stdin else None
-        self._outputs: list[asyncio.Task[None]] = []
+    `paths` are stdin, stdout and stderr as containerd has named them.
+    """
+
+    def __init__(
+        self,
+        stdin: Source | None,
+        stdout: Sink | None,
+        stderr: Sink | None,
+        *,
+        terminal: bool,
+        paths: tuple[str, str, str] = ("", "", ""),
+    ) -> None:
+        self.terminal = terminal
+        self.paths = paths
+        self._input = stdin
+        self._output = {"stdout": stdout, "stderr": stderr}
+        self._moving: list[asyncio.Task[None]] = []
         self._feeding: asyncio.Task[None] | None = None
-        self._ends: list[Fifo] = [self._input] if self._input else []
-        try:
-            self._output = {
-                name: self._open(path)
-                for name, path in (("stdout", stdout), ("stderr", "" if terminal else stderr))
-            }
-        except ShimError:
-            for fifo in self._ends:
-                fifo.close()
-            raise
 
     def begin(self, read: dict[str, Read], write: Write, end: Callable[[], Awaitable[None]]) -> None:
         """Move bytes from now on: of `read` to the outputs, of the input to `write`, its end to `end`."""
-        self._outputs = [asyncio.ensure_future(self._drain(name, read[name])) for name in self._output]
+        self._moving = [
+            asyncio.ensure_future(self._drain(sink, read[name])) for name, sink in self._output.items()
+        ]
         if self._input is not None:
             self._feeding = asyncio.ensure_future(self._feed(self._input, write, end))
 
     async def drained(self, timeout: float | None = None) -> None:
         """Wait until all that was written has been handed on, at most so many seconds."""
-        if self._outputs:
-            await asyncio.wait(self._outputs, timeout=timeout)
+        if self._moving:
+            await asyncio.wait(self._moving, timeout=timeout)
 
     def let_stdin_end(self) -> None:
-        """Containerd has said that nobody will write to stdin any more."""
+        """Nobody will write to stdin any more."""
         if self._input is not None:
             self._input.let_end()
 
     async def close(self) -> None:
         """Give up what still moves, and close everything."""
-        moving = [task for task in (*self._outputs, self._feeding) if task is not None]
+        moving = [*self._moving, *([self._feeding] if self._feeding else [])]
         for task in moving:
             task.cancel()
         if moving:
             await asyncio.wait(moving)
-        for fifo in self._ends:
-            fifo.close()
+        for end in (self._input, *self._output.values()):
+            if end is not None:
+                end.close()
 
-    def _open(self, path: str) -> Fifo | None:
-        """Open an output; none is read all the same, lest the process waits for a reader."""
-        scheme, separator, rest = path.partition("://")
-        if separator and scheme != "file":
-            raise invalid(f"stdio: {path}: {scheme} is not one of: a path, file")
-        path = rest if separator else path
-        if not path:
-            return None
-        if separator:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "ab"):
-                pass
-        fifo = Fifo(path, output=True)
-        self._ends.append(fifo)
-        return fifo
-
-    async def _drain(self, name: str, read: Read) -> None:
-        fifo = self._output[name]
+    async def _drain(self, sink: Sink | None, read: Read) -> None:
         with suppress(ShimError):  # the guest has ended, which is told elsewhere
             while data := await read():
-                if fifo is not None:
-                    await fifo.write(data)
-        if fifo is not None:
-            fifo.close()
+                if sink is not None:
+                    await sink.write(data)
+        if sink is not None:
+            sink.close()
 
-    async def _feed(self, fifo: Fifo, write: Write, end: Callable[[], Awaitable[None]]) -> None:
+    async def _feed(self, source: Source, write: Write, end: Callable[[], Awaitable[None]]) -> None:
         with suppress(ShimError):  # the process reads no more, or the guest has ended
-            while data := await fifo.read():
+            while data := await source.read():
                 await write(data)
             await end()
+
+
+def by_paths(stdin: str, stdout: str, stderr: str, *, terminal: bool) -> Stdio:
+    """Return streams at FIFOs, or `file://` for an output; "" is none. Raises ShimError, and none is open."""
+    opened: list[Fifo] = []
+    try:
+        for path, output in ((stdin, False), (stdout, True), ("" if terminal else stderr, True)):
+            if path:
+                opened.append(Fifo(_made(path) if output else path, output=output))
+    except ShimError:
+        for fifo in opened:
+            fifo.close()
+        raise
+    ends = iter(opened)
+    given = [next(ends) if path else None for path in (stdin, stdout, "" if terminal else stderr)]
+    return Stdio(*given, terminal=terminal, paths=(stdin, stdout, stderr))
+
+
+def _made(path: str) -> str:
+    """Return the path of an output; a file that is named by its URL is made if need be."""
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return path
+    if scheme != "file":
+        raise invalid(f"stdio: {path}: {scheme} is not one of: a path, file")
+    os.makedirs(os.path.dirname(rest), exist_ok=True)
+    os.close(os.open(rest, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640))
+    return rest
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
