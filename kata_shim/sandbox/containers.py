@@ -28,6 +28,7 @@ from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
 from kata_shim.sandbox.stdio import Stdio
 
 DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
+CANNOT_RUN = 127  # the exit status of a process that could not be started
 KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
 SPEC_MOST = 4 << 20  # bytes of a config.json
 
@@ -177,8 +178,8 @@ class Containers:
             else:
                 await self._guest.start(container_id)
         except ShimError:
-            if process.state == "running":
-                process.state = "created"
+            process.stop(CANNOT_RUN)
+            await process.stdio.close()  # whoever reads or writes there waits for nothing any more
             raise
         self._begin(process)
         self.tell("exec-started" if exec_id else "start", process)

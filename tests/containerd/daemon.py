@@ -118,17 +118,17 @@ def containerd(directory: Path, root: Path, config: Path) -> Iterator[Containerd
 @contextmanager
 def listening(daemon: Containerd) -> Iterator[Callable[[str], list[str]]]:
     """Hear events: yields what waits for a topic and returns all that came by then, as lines."""
-    with subprocess.Popen(daemon.command("events"), stdout=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(daemon.command("events"), stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
-        heard: list[str] = []
+        output, heard = running.stdout.fileno(), b""
 
         def until(topic: str) -> list[str]:
-            assert running.stdout is not None
-            while not heard or topic not in heard[-1]:
-                ready, _, _ = select.select([running.stdout], [], [], PATIENCE)
-                assert ready, f"no {topic} after {heard}"
-                heard.append(running.stdout.readline())
-            return heard
+            nonlocal heard
+            while not any(topic in line for line in heard.decode().splitlines()):
+                ready, _, _ = select.select([output], [], [], PATIENCE)
+                assert ready, f"no {topic} after {heard!r}"
+                heard += os.read(output, 65536)
+            return heard.decode().splitlines()
 
         try:
             yield until
