@@ -6,6 +6,7 @@ is therefore not used here.
 
     <root>/sandboxes/<id>/   shim.sock  the shim listens here          lock      taken by who starts a shim
                              shim.log   its stdout and stderr          record.json   what the sandbox owns
+    <root>/containers/<id>   a link to the sandbox of a container that has not its sandbox's own id
     <root>/factory/          zygote.sock   where a process listens, if the factory runs, that forks shims
 """
 
@@ -114,21 +115,45 @@ def remove(root: str, sandbox_id: str) -> None:
 
 
 def resolve(root: str, prefix: str) -> str:
-    """Return the id that is `prefix`, or else the only one that begins with it.
+    """Return the id of the sandbox that `prefix` means, by its own id or by that of a container in it.
 
-    Raises ShimError in the words of the documented system: `Missing container ID`, `no such container ID (x)`
-    and `multiple containers found (x)`.
+    Raises ShimError as `resolve_container`.
+    """
+    return resolve_container(root, prefix)[0]
+
+
+def resolve_container(root: str, prefix: str) -> tuple[str, str]:
+    """Return a sandbox's id, and the id of a container in it, "" if it is the sandbox that is meant.
+
+    `prefix` is an id, or else the beginning of only one. Raises ShimError in the words of the documented
+    system: `Missing container ID`, `no such container ID (x)` and `multiple containers found (x)`.
     """
     if not prefix:
         raise ShimError("invalid-argument", "Missing container ID")
     if is_id(prefix) and check_root(root) and os.path.isdir(sandbox_directory(root, prefix)):
-        return prefix
-    found = [name for name in list_ids(root) if name.startswith(prefix)]
+        return prefix, ""
+    containers = _list_containers(root)
+    if prefix in containers:
+        return containers[prefix], prefix
+    found = [(name, "") for name in list_ids(root) if name.startswith(prefix)]
+    found += [(sandbox, name) for name, sandbox in containers.items() if name.startswith(prefix)]
     if not found:
         raise ShimError("not-found", f"no such container ID ({prefix})")
     if len(found) > 1:
         raise ShimError("failed-precondition", f"multiple containers found ({prefix})")
     return found[0]
+
+
+def _list_containers(root: str) -> dict[str, str]:
+    """Return the containers that have not their sandbox's own id: id -> the sandbox's."""
+    found = {}
+    directory = f"{root}/containers"
+    if check_root(root) and os.path.isdir(directory):
+        for name in os.listdir(directory):
+            sandbox = os.path.basename(os.readlink(f"{directory}/{name}"))
+            if os.path.isdir(sandbox_directory(root, sandbox)):
+                found[name] = sandbox
+    return found
 
 
 class CancelledError(ShimError):

@@ -83,8 +83,8 @@ class _Commands:
 
     async def exec(self, call: Call) -> object:
         argv, env = containers.words(call)
-        container = field(call, "container", str, "")
-        if container:
+        if not field(call, "guest", bool, False) and self._sandbox.has_containers:
+            container = field(call, "container", str, "") or self._sandbox.id
             return await containers.execute(call, await self._sandbox.containers(), container, argv, env)
 
         async def output(stream: str, data: bytes) -> None:

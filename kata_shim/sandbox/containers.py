@@ -22,8 +22,10 @@ import orjson
 from kata_shim import log
 from kata_shim.agent_containers import Containers as Guest
 from kata_shim.contract import oci
+from kata_shim.contract.ids import check_container_id
 from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import agent_pb2
+from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
 from kata_shim.sandbox.stdio import Stdio
 
@@ -83,10 +85,20 @@ class Container:
 class Containers:
     """All containers of a sandbox. `tell` is called with each event's name and the process it is of."""
 
-    def __init__(self, sandbox_id: str, guest: Guest, shares: Shares, *, msize: int, seccomp: bool) -> None:
+    def __init__(
+        self,
+        sandbox_id: str,
+        guest: Guest,
+        shares: Shares,
+        names: HostNames,
+        *,
+        msize: int,
+        seccomp: bool,
+    ) -> None:
         self._sandbox_id = sandbox_id
         self._guest = guest
         self._shares = shares
+        self._names = names
         self._msize = msize
         self._seccomp = seccomp
         self._containers: dict[str, Container] = {}
@@ -130,10 +142,14 @@ class Containers:
         """As `create`, with what its config.json would say given."""
         if container_id in self._containers:
             raise ShimError("already-exists", f"container {container_id}: the id is in use")
+        check_container_id(container_id)
         described = oci.read(given)
         container = self._containers[container_id] = Container(container_id, bundle, rootfs)
         async with AsyncExitStack() as undo:
             undo.callback(self._containers.pop, container_id)
+            if container_id != self._sandbox_id:
+                self._names.claim(container_id)
+                undo.callback(self._names.release, container_id)
             undo.callback(self._shares.release, container_id)
             path = self._shares.mount_rootfs(container_id, rootfs, Path(bundle, described.rootfs))
             share = partial(self._shares.bind, container_id)
@@ -207,6 +223,7 @@ class Containers:
             for other in list(container.processes.values()):
                 await self._forget(other)
             self._containers.pop(container_id, None)
+            self._names.release(container_id)
         self.tell("delete", process)
         return process
 

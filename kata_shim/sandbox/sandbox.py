@@ -21,7 +21,7 @@ from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.containers import Containers
-from kata_shim.sandbox.devices import HostDevices
+from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.guest_kernel import GuestKernel
 from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.lifecycle import Lifecycle
@@ -46,7 +46,8 @@ class Sandbox:
             sandbox_id, "", datetime.now(UTC).isoformat(timespec="seconds"), str(uuid.uuid4())
         )
         self._file = RecordFile(self.directory / "record.json", self._render)
-        self._devices = HostDevices(root, sandbox_id)
+        self._devices = HostNames(root, "device", sandbox_id)
+        self._container_names = HostNames(root, "container", sandbox_id)
         self._accelerators = root / "accelerator.json"
         self._machine: Machine | None = None
         self._network: Network | None = None
@@ -190,6 +191,7 @@ class Sandbox:
             self.id,
             GuestContainers(machine.agent),
             Shares(self.directory / SHARED),
+            self._container_names,
             msize=settings.hypervisor.msize_9p,
             seccomp=not settings.runtime.disable_guest_seccomp,
         )
@@ -239,6 +241,7 @@ class Sandbox:
             await self._containers.close()
         Shares(self.directory / SHARED).release_all()
         self._devices.release_all_but(set())
+        self._container_names.release_all_but(set())
         await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
         log.info("the sandbox is gone")
         self.announce("state", state="deleted")
