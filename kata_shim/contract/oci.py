@@ -12,9 +12,6 @@ from typing import Any
 
 from kata_shim.errors import invalid
 
-SANDBOX_ID = "io.kubernetes.cri.sandbox-id"
-CONTAINER_TYPE = "io.kubernetes.cri.container-type"
-
 _NOT_IN_THE_GUEST = frozenset({"network", "cgroup", "user", "time"})  # namespaces
 _KEPT_RESOURCES = frozenset({"memory", "cpu"})
 _OF_THE_HOSTS_PROCESSORS = ("cpus", "mems")
@@ -46,8 +43,6 @@ class Bundle:
     """What a shim has to know of a config.json."""
 
     spec: Json
-    sandbox_id: str  # "" for a sandbox of its own
-    is_sandbox: bool
     rootfs: str  # where it lies, from the bundle's directory
     readonly: bool
 
@@ -96,16 +91,7 @@ def read(spec: object) -> Bundle:
     arguments = process.get("args")
     if not isinstance(arguments, list) or not arguments:
         raise invalid("config.json: process.args: missing")
-    annotations = _object(spec, "annotations")
-    sandbox_id = str(annotations.get(SANDBOX_ID) or "")
-    kind = annotations.get(CONTAINER_TYPE)
-    if kind not in (None, "sandbox", "container"):
-        raise invalid(
-            f"config.json: annotations: {CONTAINER_TYPE}: {kind!a} is neither sandbox nor container"
-        )
-    return Bundle(
-        spec, sandbox_id, kind != "container", str(root.get("path") or "rootfs"), bool(root.get("readonly"))
-    )
+    return Bundle(spec, str(root.get("path") or "rootfs"), bool(root.get("readonly")))
 
 
 def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[Json, bool]:

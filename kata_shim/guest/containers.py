@@ -33,6 +33,7 @@ MAX_CHUNK = 1 << 20  # bytes of output in one answer
 
 _RUN = "/run/kata-containers"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 _SHARED_NAMESPACES = ("ipc", "uts")  # by the containers of a pod
 _T = TypeVar("_T")
 
@@ -66,6 +67,7 @@ class Containers:
         self._runtime = runtime
         self._containers: dict[str, Container] = {}
         self._ooms: asyncio.Queue[str] = asyncio.Queue()
+        self.hook_path = ""  # a directory of this guest's own hooks
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> Empty:
         """Create a container, up to where its first process would begin."""
@@ -84,7 +86,7 @@ class Containers:
     async def start_container(self, request: agent_pb2.StartContainerRequest) -> Empty:
         """Let the first process begin."""
         container = self._find(request.container_id)
-        await _to_end(container.runtime.start())
+        await _to_end(container.runtime.start(hooks=container.has_hooks))
         return Empty()
 
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> Empty:
@@ -191,7 +193,8 @@ class Containers:
                 container.closing.callback(storage.detach, storage.attach(one))
             spec = oci.to_json(request.OCI)
             self._adapt(spec, container, sandbox_pidns=request.sandbox_pidns)
-            container.has_hooks = bool(spec.get("hooks"))
+            spec["hooks"] = _hooks(self.hook_path)
+            container.has_hooks = bool(spec["hooks"])
             container.runtime.write("config.json", spec)
             terminal = bool(spec.get("process", {}).get("terminal"))
             container.processes[container.first] = await container.runtime.create(terminal=terminal)
@@ -250,6 +253,16 @@ class Containers:
         if process is not None and process.is_done and exec_id != container.first:
             del container.processes[exec_id]
             process.streams.close()
+
+
+def _hooks(path: str) -> dict[str, Any]:
+    """Return the programs below `path` as the specification has hooks: `<path>/prestart/…` and so on."""
+    found = {}
+    for name in _HOOKS if path else ():
+        with suppress(OSError):
+            programs = sorted(f"{path}/{name}/{one}" for one in os.listdir(f"{path}/{name}"))
+            found[name] = [{"path": one, "args": [one]} for one in programs if os.access(one, os.X_OK)]
+    return {name: hooks for name, hooks in found.items() if hooks}
 
 
 async def _to_end(work: Coroutine[Any, Any, _T]) -> _T:

@@ -38,9 +38,9 @@ class Runtime:
         """Make the container of the bundle; return its first process, which waits for `start`."""
         return await self._launch(self._id, "create", f"--bundle={self._directory}", terminal=terminal)
 
-    async def start(self) -> None:
-        """Let the first process begin."""
-        if self._program == "crun":
+    async def start(self, *, hooks: bool) -> None:
+        """Let the first process begin; `hooks`: there are some to be run then."""
+        if self._program == "crun" and not hooks:
             with suppress(OSError):  # it has gone on or ended; crun tells
                 with open(f"{self._state}/exec.fifo", "wb", buffering=0, opener=_without_waiting) as fifo:
                     fifo.write(b"0")

@@ -25,6 +25,7 @@ from kata_shim.contract import oci
 from kata_shim.contract.ids import check_container_id
 from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import agent_pb2
+from kata_shim.sandbox import hooks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
 from kata_shim.sandbox.stdio import Stdio
@@ -74,7 +75,7 @@ class Container:
         self.bundle = bundle
         self.rootfs = rootfs
         self.processes: dict[str, Process] = {}
-        self.is_sandbox = False
+        self.hooks: dict[str, Any] = {}
 
     @property
     def first(self) -> Process:
@@ -91,9 +92,11 @@ class Containers:
         guest: Guest,
         shares: Shares,
         names: HostNames,
+        pid: Callable[[], int],
         *,
         msize: int,
         seccomp: bool,
+        hook_path: str,
     ) -> None:
         self._sandbox_id = sandbox_id
         self._guest = guest
@@ -101,10 +104,12 @@ class Containers:
         self._names = names
         self._msize = msize
         self._seccomp = seccomp
+        self._hook_path = hook_path
         self._containers: dict[str, Container] = {}
         self._sharing = asyncio.Lock()
         self._shared = False
         self._watching: asyncio.Task[None] | None = None
+        self.pid = pid
         self.tell: Tell = lambda _event, _process: None
 
     def __bool__(self) -> bool:
@@ -160,8 +165,11 @@ class Containers:
             undo.push_async_callback(process.stdio.close)
             await self._share()
             await self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
+            undo.push_async_callback(self._guest.remove, container_id)
             container.processes[""] = process
-            container.is_sandbox = described.is_sandbox
+            container.hooks = described.hooks
+            for name in ("prestart", "createRuntime"):
+                await self._run_hooks(container, name)
             undo.pop_all()
         self.tell("create", process)
         return container
@@ -198,6 +206,8 @@ class Containers:
             await process.stdio.close()  # whoever reads or writes there waits for nothing any more
             raise
         self._begin(process)
+        if not exec_id:
+            await self._run_later_hooks(self.find(container_id), "poststart")
         self.tell("exec-started" if exec_id else "start", process)
         return process
 
@@ -303,6 +313,24 @@ class Containers:
         with suppress(ShimError):  # the guest has ended, or has forgotten it
             await self._guest.remove(container.id)
         self._shares.release(container.id)
+        await self._run_later_hooks(container, "poststop")
+
+    async def _run_hooks(self, container: Container, name: str) -> None:
+        state = {
+            "ociVersion": "1.0.2",
+            "id": container.id,
+            "status": container.first.state,
+            "pid": self.pid(),
+            "bundle": container.bundle,
+        }
+        await hooks.run(container.hooks.get(name), state)
+
+    async def _run_later_hooks(self, container: Container, name: str) -> None:
+        """Run hooks of which it is too late for a failure to hinder anything: it is told in the log."""
+        try:
+            await self._run_hooks(container, name)
+        except ShimError as error:
+            log.warning("a hook has failed", id=container.id, name=name, error=error.message)
 
     async def _forget(self, process: Process) -> None:
         if process.waiter is not None:
@@ -315,7 +343,9 @@ class Containers:
             if self._shared:
                 return
             options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={self._msize}", "nodev"]
-            await self._guest.share(self._sandbox_id, "kataShared", GUEST_DIRECTORY, options)
+            await self._guest.share(
+                self._sandbox_id, "kataShared", GUEST_DIRECTORY, options, guest_hook_path=self._hook_path
+            )
             self._shared = True
             self._watching = asyncio.ensure_future(self._watch_memory())
 

@@ -192,8 +192,10 @@ class Sandbox:
             GuestContainers(machine.agent),
             Shares(self.directory / SHARED),
             self._container_names,
+            lambda: self.record.pid,
             msize=settings.hypervisor.msize_9p,
             seccomp=not settings.runtime.disable_guest_seccomp,
+            hook_path=settings.hypervisor.guest_hook_path,
         )
         self.lifecycle.state = "running"
         self._spawn(self._watch_machine(machine))
