@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.containerd.daemon import Containerd, containerd
+from tests.rootfs import make_rootfs
 from tests.support import shipped
-
-APPLETS = ("sh", "cat", "echo", "sleep", "ls", "ps", "id", "true", "ip", "dd", "head", "wc", "mount", "env")
-MORE = (
-    "sha256sum",
-    "touch",
-    "mkdir",
-    "ln",
-    "kill",
-    "hostname",
-    "stty",
-    "tail",
-    "seq",
-    "yes",
-    "chown",
-    "stat",
-)
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +30,4 @@ def ctr(daemon: Containerd) -> Iterator[Containerd]:
 @pytest.fixture(scope="session")
 def rootfs(root: Path) -> Path:
     """A root file system: busybox."""
-    path = root / "rootfs"
-    for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "root"):
-        (path / name).mkdir(parents=True)
-    shutil.copy("/bin/busybox", path / "bin")
-    for name in (*APPLETS, *MORE):
-        os.symlink("busybox", path / "bin" / name)
-    (path / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-    return path
+    return make_rootfs(root / "rootfs")
