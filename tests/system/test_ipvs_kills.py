@@ -36,10 +36,18 @@ RESTARTED = (
 )
 INIT = f"exec({RESTARTED!r} + open('/init').read().replace('sys.exit(', 'sys.exit(restarted() or '))"
 UNDER_INIT = f'rdinit=/usr/bin/python3.11 -- -IS -c "{INIT}"'
-# Has a process sent a signal in a while, and says when that is over.
-LATER = """
-setsid sh -c ': > /run/armed; sleep "$1"; kill -9 "$0"; rm /run/armed' "${1:-$PPID}" "$0" > /dev/null 2>&1 &
-until test -e /run/armed; do :; done
+# Stays in the guest, and kills whom it is told to, after so many seconds.
+KILLER = """
+import os, time
+os.mkfifo("/run/kill")
+if os.fork() == 0:
+    os.setsid()
+    os.closerange(0, 3)
+    while True:
+        with open("/run/kill") as told:
+            pid, seconds = told.read().split()
+        time.sleep(float(seconds))
+        os.kill(int(pid), 9)
 """
 # Ends PID 1 as a defect of its own would: by code that is none.
 CRASH = """
@@ -105,6 +113,7 @@ def shown(guest: Guest) -> list[str]:
 
 def changes(guest: Guest, directory: Path) -> Iterator[Change]:
     """One after another: the documented restore, one in ipvsadm's dialect on top of others, a replacement."""
+    assert guest.restore(RULES) == DONE  # the first takes longer, and so would tell little of the others
     before = TABLE + ODD + many(20, 30)
     yield Change(guest, directory, "", RULES, "--restore")
     yield Change(guest, directory, before, f"-C\n{RULES}", "--dialect", "ipvsadm", "--restore")
@@ -184,18 +193,19 @@ def test_agent(runtime: Runtime, tmp_path: Path, request: pytest.FixtureRequest)
 
     def hit(change: Change, moment: float, _: random.Random) -> bool:
         guest, began = change.guest, time.monotonic()
-        assert guest.run("sh", "-c", LATER, f"{moment:.4f}") == DONE
+        victim = guest.run("sh", "-c", f"echo $PPID {moment:.4f} > /run/kill; echo $PPID").stdout
         told = guest.runtime(*change.words)
         assert told == DONE or (told.status, told.stderr) == (
             1,
             "the agent's channel: the peer reset the link\n",
         )
-        while guest.run("test", "-e", "/run/armed").status != 1:
+        while guest.run("sh", "-c", "echo $PPID").stdout in ("", victim):
             assert taken(began) < PATIENCE
         return told != DONE
 
     with booted(runtime, tmp_path, "kill-agent", kernel_params=UNDER_INIT) as guest:
         assert guest.run("sh", "-c", "echo $PPID").stdout != "1\n"
+        assert guest.run("python3", "-IS", "-c", KILLER) == DONE
         at_moments(guest, tmp_path, request, hit)
 
 
@@ -249,7 +259,8 @@ def test_agent_that_is_pid_1(runtime: Runtime, tmp_path: Path, request: pytest.F
     with booted(runtime, tmp_path, "kill-init") as guest:
         words = ("kata-ipvs", "ipvsadm", "--restore", str(path), guest.id)
         began = time.monotonic()
-        assert guest.run("sh", "-c", LATER, "0.2", "1") == DONE
+        assert guest.run("python3", "-IS", "-c", KILLER) == DONE
+        assert guest.run("sh", "-c", "echo $PPID 0.1 > /run/kill; echo $PPID") == Result(0, "1\n", "")
         assert runtime(*words) == DONE
         seconds = taken(began)
         assert len(saved(guest)) == 1500
