@@ -21,6 +21,7 @@ from kata_shim.contract.ipvs import parse_parameters, parse_rules
 from kata_shim.errors import ShimError
 from kata_shim.ipvs import plan
 from kata_shim.ipvs.command import Command, Verb
+from kata_shim.sandbox import guest_kernel
 from kata_shim.sandbox.ipvs import Ipvs
 from tests.live import Live, live
 from tests.started import PATIENCE, write_config
@@ -71,6 +72,7 @@ async def test_silent_guest(
     async with live(root, "silent", config) as sandbox:
         ipvs = await sandbox.sandbox.ipvs()
         monkeypatch.setattr(Agent._ours, "__defaults__", (ANSWER,))
+        monkeypatch.setattr(guest_kernel, "CHUNK", 256)  # so that a few rules are more than one message
         for name in CHANGES:
             for _ in range(max(1, request.config.getoption("kills") // SHARE)):
                 try:
