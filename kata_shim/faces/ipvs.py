@@ -5,7 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from kata_shim.contract.ipvs import Rule, parse_cleanup, parse_parameters, parse_rules, rule_lines
+from kata_shim.contract.ipvs import (
+    Rule,
+    parse_cleanup,
+    parse_parameters,
+    parse_plain,
+    parse_rules,
+    rule_lines,
+)
 from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
@@ -154,7 +161,7 @@ async def _rules_of_ipvsadm(text: str, ipvs: Ipvs) -> list[Rule]:
     parser = _Parser(ipvs)
     for number, words in rule_lines(text):
         try:
-            command = await _of_ipvsadm(words, parser)
+            command = parse_plain(words) or await _of_ipvsadm(words, parser)
             if command.verb not in RESTORED:
                 raise invalid(f"{command.verb}: it cannot be taken back, so it has no place in a file")
             if len(rules) == MAX_LINES:
