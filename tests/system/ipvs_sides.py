@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kata_shim import client
 from kata_shim.errors import ShimError
+from tests.started import PATIENCE
 from tests.support import Guest, Result
 from tests.system.ipvs import DONE, ipvsadm_restore
 from tests.system.ipvs_lines import HOSTS, SERVICES, Line, Restore, Step
@@ -58,6 +60,7 @@ class ByConnection:
     def __init__(self, guest: Guest) -> None:
         """Connect to the guest's shim."""
         self._connection = client.connect(str(guest.runtime.root), guest.id)
+        self._connection.socket.settimeout(PATIENCE)
 
     def __call__(self, step: Step) -> Result:
         """Do one step."""
@@ -105,6 +108,8 @@ class Theirs:
     def answers(self) -> list[Result]:
         """Return what came of the steps that were asked."""
         assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
+        assert readable, "ipvsadm, or its guest, stands still"
         return [Result(*answer) for answer in json.loads(self._process.stdout.readline())]
 
     def whole(self, steps: list[Step], end: End, answers: list[Result]) -> list[Result]:
@@ -157,8 +162,11 @@ class Sides:
         end = _end(steps)
         whole = [*steps, *end.views, *end.undoing]
         self.theirs.ask(whole)
-        given = [ours(step) for step in whole]
-        wanted = self.theirs.whole(steps, end, self.theirs.answers())
+        try:
+            given = [ours(step) for step in whole]
+        finally:
+            answers = self.theirs.answers()
+        wanted = self.theirs.whole(steps, end, answers)
         for number, (step, mine, other) in enumerate(zip(whole, given, wanted, strict=True)):
             got, want = _told_alike(step, mine), _done_alike(step, other)
             before = "".join(f"  {each!s}\n" for each in whole[:number])
