@@ -178,7 +178,8 @@ def _processes(root: Path) -> list[str]:
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            output = os.readlink(f"/proc/{pid}/fd/1") if words else ""
+            # One that is just ending has no words any more, but still its files while its memory goes.
+            output = os.readlink(f"/proc/{pid}/fd/1")
         except OSError:
             continue
         if str(root) in words or output.startswith(str(root)):
