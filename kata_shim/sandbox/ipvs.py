@@ -82,7 +82,7 @@ class Ipvs:
             await self._mend()
             if count := await self.kernel.count():
                 raise ShimError(
-                    "failed-precondition", f"the guest has {count} IPVS rules; delete them before restoring"
+                    "failed-precondition", f"the guest has IPVS rules ({count}); delete them before restoring"
                 )
             await self._whole_or_gone({}, commands, tell)
 
