@@ -76,8 +76,10 @@ class _Commands:
 
     async def restore(self, call: Call) -> object:
         text, ipvs = field(call, "rules", str, ""), await self._sandbox.ipvs()
+        call.takes_much = True  # the whole table, to go back to
         if _is_ipvsadm(call):
-            await _load(await _rules_of_ipvsadm(text, ipvs), ipvs.apply, call)
+            if rules := await _rules_of_ipvsadm(text, ipvs):
+                await _load(rules, ipvs.apply, call)
         else:
             await _load(parse_rules(text), ipvs.fill, call)
         return ""
@@ -87,6 +89,7 @@ class _Commands:
         if text is None:
             raise invalid("rules: missing; an empty text means no rules at all")
         ipvs = await self._sandbox.ipvs()
+        call.takes_much = True  # the whole table, to compare with
         rules = await _rules_of_ipvsadm(text, ipvs)
         try:
             want = plan.of_rules(rule.command for rule in rules)
@@ -97,6 +100,7 @@ class _Commands:
 
     async def cleanup(self, call: Call) -> object:
         cleanup = parse_cleanup(field(call, "parameters", str, ""))
+        call.takes_much = True  # all connections
         deleted = await (await self._sandbox.ipvs()).kernel.delete_flows(cleanup)
         return f"{deleted} flow entries have been deleted.\n"
 
@@ -196,7 +200,7 @@ def _text(call: Call, name: str) -> str | None:
 
 def _teller(call: Call) -> Tell:
     async def tell(done: int, total: int) -> None:
-        await call.progress({"done": done, "total": total})
+        await call.hint({"done": done, "total": total})
 
     return tell
 

@@ -165,10 +165,14 @@ class _File:
 
 
 def _inflated(data: bytes) -> bytes:
+    inflating = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        return zlib.decompress(data, -zlib.MAX_WBITS)
+        messages = inflating.decompress(data, _BUFFER)
     except zlib.error as error:
         raise invalid(f"deflated: {error}") from None
+    if not inflating.eof:
+        raise invalid(f"deflated: cut, or more than {_BUFFER} bytes")
+    return messages
 
 
 def _count_lines(path: str) -> int:

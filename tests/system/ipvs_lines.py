@@ -388,7 +388,7 @@ def _line(draw: st.DrawFn, cast: _Cast, verbs: Sequence[str], *, in_file: bool =
 
 @st.composite
 def _file(draw: st.DrawFn, cast: _Cast) -> Restore:
-    lines = draw(st.lists(_line(cast, _RULES, in_file=True), min_size=1, max_size=6))
+    lines = draw(st.lists(_line(cast, _RULES, in_file=True), max_size=6))
     if _tenths(draw, 2):
         lines = [("ipvsadm", *words) for words in lines]
     if _tenths(draw, 2):

@@ -136,6 +136,7 @@ class Theirs:
             (number, answer) for (number, _), answer in zip(lines, said, strict=False) if answer != DONE
         ]
         wrong = [(number, answer) for number, answer in refused if _is_wrong(answer)]
+        assert refused, f"ipvsadm refuses this as a whole, but no line of it alone:\n{file}"
         number, answer = (wrong or refused)[0]
         return Result(1, "null\n", f"line {number}: {answer.stderr.rstrip()}\n")
 
@@ -208,7 +209,11 @@ def _unordered(step: Step, answer: Result) -> Result:
     """
     if not isinstance(step, Line) or "--nosort" not in step.words:
         return answer
-    return replace(answer, stdout="".join(sorted(answer.stdout.splitlines(keepends=True))))
+    found, service = list[str](), ""
+    for line in answer.stdout.splitlines(keepends=True):
+        service = service if line.startswith("  ->") else line
+        found.append(f"{service} {line}")
+    return replace(answer, stdout="".join(sorted(found)))
 
 
 def _without_odd_flags(line: str) -> str:

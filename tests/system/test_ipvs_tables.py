@@ -60,6 +60,21 @@ def test_a_table_with_rules_is_as_before_when_one_is_refused(guest: Guest, line:
     assert (guest.run("ipvsadm", "-Ln", "--thresholds").stdout, saved(guest)) == before
 
 
+def test_others_have_their_turn_during_a_restore(guest: Guest) -> None:
+    """What the guest's agent does at once does not keep it from everything else."""
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as answers:
+        connection.settimeout(PATIENCE)
+        connection.connect(str(guest.runtime.root / "sandboxes" / guest.id / "shim.sock"))
+        connection.sendall(request_to_restore(many(5000), "ipvsadm"))
+        assert "progress" in json.loads(answers.readline())
+        connection.sendall(b'{"id":2,"method":"kata-network.list-routes"}\n')
+        ended: list[int] = []
+        while len(ended) < 2:
+            answer = json.loads(answers.readline())
+            ended += [] if "progress" in answer else [answer["id"]]
+    assert ended == [2, 1]
+
+
 def test_replacing_changes_what_differs_and_no_more(guest: Guest) -> None:
     assert ipvsadm_restore(guest, TABLE) == DONE
     wanted = (
@@ -159,13 +174,18 @@ def test_a_connection_survives_a_replacement(guest: Guest) -> None:
     assert guest.run("ip", "address", "del", "10.9.9.9/32", "dev", "lo").status == 0
 
 
+def request_to_restore(rules: str, dialect: str) -> bytes:
+    """The line that asks a shim to restore rules."""
+    request = {"id": 1, "method": "kata-ipvs.restore", "params": {"rules": rules, "dialect": dialect}}
+    return json.dumps(request).encode() + b"\n"
+
+
 def cut(guest: Guest, rules: str, dialect: str, done: int) -> socket.socket:
     """Begin a restore; return the connection when so many rules are done, so that the next are under way."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(PATIENCE)
     connection.connect(str(guest.runtime.root / "sandboxes" / guest.id / "shim.sock"))
-    request = {"id": 1, "method": "kata-ipvs.restore", "params": {"rules": rules, "dialect": dialect}}
-    connection.sendall(json.dumps(request).encode() + b"\n")
+    connection.sendall(request_to_restore(rules, dialect))
     with connection.makefile("rb") as answers:
         while done and json.loads(answers.readline())["progress"]["done"] < done:
             pass
