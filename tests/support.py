@@ -34,7 +34,7 @@ class Result:
 
 
 class Call(subprocess.Popen[bytes]):
-    """A command that is killed when its test fails meanwhile: Popen would wait for its end, maybe for ever."""
+    """A command that is killed when its test fails meanwhile: Popen would wait for its end for ever."""
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
