@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 BIN = Path(sys.executable).parent
@@ -30,6 +31,18 @@ class Result:
     def json(self) -> Any:
         """Stdout as JSON."""
         return json.loads(self.stdout)
+
+
+class Call(subprocess.Popen[bytes]):
+    """A command that is killed when its test fails meanwhile: Popen would wait for its end for ever."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the command's end."""
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, value, trace)
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,9 @@ class Runtime:
         )
         return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
-    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> Call:
         """Start the CLI and return at once."""
-        return subprocess.Popen(
+        return Call(
             self.command(*arguments),
             stdin=stdin,
             stdout=subprocess.PIPE,
@@ -178,7 +191,8 @@ def _processes(root: Path) -> list[str]:
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            output = os.readlink(f"/proc/{pid}/fd/1") if words else ""
+            # One that is just ending has no words any more, but still its files while its memory goes.
+            output = os.readlink(f"/proc/{pid}/fd/1")
         except OSError:
             continue
         if str(root) in words or output.startswith(str(root)):

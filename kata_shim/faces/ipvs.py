@@ -5,7 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from kata_shim.contract.ipvs import Rule, parse_cleanup, parse_parameters, parse_rules, rule_lines
+from kata_shim.contract.ipvs import (
+    Rule,
+    parse_cleanup,
+    parse_parameters,
+    parse_plain,
+    parse_rules,
+    rule_lines,
+)
 from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
@@ -69,8 +76,10 @@ class _Commands:
 
     async def restore(self, call: Call) -> object:
         text, ipvs = field(call, "rules", str, ""), await self._sandbox.ipvs()
+        call.takes_much = True  # the whole table, to go back to
         if _is_ipvsadm(call):
-            await _load(await _rules_of_ipvsadm(text, ipvs), ipvs.apply, call)
+            if rules := await _rules_of_ipvsadm(text, ipvs):
+                await _load(rules, ipvs.apply, call)
         else:
             await _load(parse_rules(text), ipvs.fill, call)
         return ""
@@ -80,6 +89,7 @@ class _Commands:
         if text is None:
             raise invalid("rules: missing; an empty text means no rules at all")
         ipvs = await self._sandbox.ipvs()
+        call.takes_much = True  # the whole table, to compare with
         rules = await _rules_of_ipvsadm(text, ipvs)
         try:
             want = plan.of_rules(rule.command for rule in rules)
@@ -90,6 +100,7 @@ class _Commands:
 
     async def cleanup(self, call: Call) -> object:
         cleanup = parse_cleanup(field(call, "parameters", str, ""))
+        call.takes_much = True  # all connections
         deleted = await (await self._sandbox.ipvs()).kernel.delete_flows(cleanup)
         return f"{deleted} flow entries have been deleted.\n"
 
@@ -154,7 +165,7 @@ async def _rules_of_ipvsadm(text: str, ipvs: Ipvs) -> list[Rule]:
     parser = _Parser(ipvs)
     for number, words in rule_lines(text):
         try:
-            command = await _of_ipvsadm(words, parser)
+            command = parse_plain(words) or await _of_ipvsadm(words, parser)
             if command.verb not in RESTORED:
                 raise invalid(f"{command.verb}: it cannot be taken back, so it has no place in a file")
             if len(rules) == MAX_LINES:
@@ -189,7 +200,7 @@ def _text(call: Call, name: str) -> str | None:
 
 def _teller(call: Call) -> Tell:
     async def tell(done: int, total: int) -> None:
-        await call.progress({"done": done, "total": total})
+        await call.hint({"done": done, "total": total})
 
     return tell
 

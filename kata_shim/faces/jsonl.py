@@ -37,6 +37,7 @@ class Call:
         self.method = request.method
         self.params = request.params
         self.warnings: list[str] = []
+        self.takes_much = False  # memory, though neither the request nor the answer is large
         self.overrun = False
         self.given_up = False
         self._stdin: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STDIN)
@@ -47,6 +48,11 @@ class Call:
     async def progress(self, value: object) -> None:
         """Send one progress line; waits while the client does not read."""
         await self._connection.send(progress(self._id, value))
+
+    async def hint(self, value: object) -> None:
+        """Send one progress line, if the client has taken all that came before: nobody waits for it."""
+        if not self._connection.is_behind:
+            await self.progress(value)
 
     async def read_stdin(self) -> bytes | None:
         """Return the next piece of the command's stdin, None at its end, and let the client send one more."""
@@ -130,6 +136,11 @@ class Connection:
         for call in self._calls.values():
             call.cancel()
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the client has not yet read what was sent."""
+        return bool(self._writer.transport.get_write_buffer_size())
+
     async def send(self, line: bytes) -> None:
         """Write one line; waits while the client does not read, and forgets it when the client is gone."""
         with suppress(OSError):
@@ -199,7 +210,7 @@ class Connection:
         await self.send(line)
         # Not before: the answers that a client does not read must not pile up here.
         self._room.release()
-        if size + len(line) >= LARGE:
+        if call.takes_much or size + len(line) >= LARGE:
             asyncio.get_running_loop().call_soon(give_back)  # when this task has let go of both
 
 

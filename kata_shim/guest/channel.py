@@ -42,6 +42,7 @@ class VirtioPort:
         server, self._abandon = new_server(self.stand_still)
         self._session = server.linked_session(self._send, self._begin)
         self._loop = asyncio.get_running_loop()
+        self._going_on: asyncio.Handle | None = None
         self._epoll = select.epoll()
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._loop.add_reader(self._epoll, self._woken)
@@ -52,6 +53,8 @@ class VirtioPort:
         """End the session and close the port."""
         self._session.cancel()
         self._abandon()
+        if self._going_on is not None:
+            self._going_on.cancel()
         self._loop.remove_reader(self._epoll)
         self._epoll.close()
         os.close(self._fd)
@@ -80,7 +83,13 @@ class VirtioPort:
         self._serve()
 
     def _serve(self) -> None:
-        """Write and read all that can be at once, as what is edge-triggered wants it."""
+        """Write and read all that can be at once, as what is edge-triggered wants it.
+
+        Calls in flight have their turn in between: there may be more to read for as long as it is answered.
+        """
+        if self._going_on is not None:
+            self._going_on.cancel()  # it is this one, or comes too late
+            self._going_on = None
         self._write()
         while len(self._unsent) < _UNSENT_LIMIT:
             try:
@@ -92,6 +101,9 @@ class VirtioPort:
                 # the port. So what is unsent is kept; it may be the echo of a reset.
                 return
             self._session.receive(bytes(self._buffer[:size]))
+            if self._session.is_busy:
+                self._going_on = self._loop.call_soon(self._serve)
+                return
 
     def _write(self) -> None:
         try:

@@ -59,7 +59,7 @@ class Relays:
             source.close()
         self._sources.clear()
 
-    async def relay_netlink(self, request: guest_pb2.RelayNetlinkRequest) -> guest_pb2.RelayResponse:
+    def relay_netlink(self, request: guest_pb2.RelayNetlinkRequest) -> guest_pb2.RelayResponse:
         """RelayNetlink."""
         if request.relay_id:
             return self._next(self._left(request.relay_id))
@@ -68,7 +68,7 @@ class Relays:
         messages = [_inflated(request.deflated)] if request.deflated else list(request.messages)
         return self._next(_Netlink(request.protocol, messages))
 
-    async def read_table(self, request: guest_pb2.ReadTableRequest) -> guest_pb2.RelayResponse:
+    def read_table(self, request: guest_pb2.ReadTableRequest) -> guest_pb2.RelayResponse:
         """ReadTable."""
         if request.relay_id:
             return self._next(self._left(request.relay_id))
@@ -77,7 +77,7 @@ class Relays:
         except FileNotFoundError:
             return guest_pb2.RelayResponse()
 
-    async def count_table(self, request: guest_pb2.CountTableRequest) -> guest_pb2.CountTableResponse:
+    def count_table(self, request: guest_pb2.CountTableRequest) -> guest_pb2.CountTableResponse:
         """CountTable."""
         return guest_pb2.CountTableResponse(lines=_count_lines(_path(request.name)))
 
@@ -165,10 +165,14 @@ class _File:
 
 
 def _inflated(data: bytes) -> bytes:
+    inflating = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        return zlib.decompress(data, -zlib.MAX_WBITS)
+        messages = inflating.decompress(data, _BUFFER)
     except zlib.error as error:
         raise invalid(f"deflated: {error}") from None
+    if not inflating.eof:
+        raise invalid(f"deflated: cut, or more than {_BUFFER} bytes")
+    return messages
 
 
 def _count_lines(path: str) -> int:

@@ -17,7 +17,7 @@ _RNDRESEEDCRNG = 0x5207  # include/uapi/linux/random.h
 _REBOOT_CMD_POWER_OFF = 0x4321FEDC  # include/uapi/linux/reboot.h
 _CPUS = "/sys/devices/system/cpu"
 _MEMORY = "/sys/devices/system/memory"
-_FIRST = -20  # nice(2)
+_FIRST = -5  # nice(2)
 MACHINE_ID = "/etc/machine-id"
 HOST_NAME_MAX = 64  # include/uapi/linux/utsname.h; a longer id is cut
 
@@ -35,7 +35,8 @@ def take_precedence() -> None:
     """Let this process run as soon as it can, its children as ever: sandbox and shim wait for what it does.
 
     A card's driver starts while its kernel thread still scans the other slots; without this the agent, which
-    gives the card its name, waits for its turn every few milliseconds.
+    gives the card its name, waits for its turn every few milliseconds. More would starve that thread, where
+    many callers keep the agent busy: at -20 a card took seconds.
     """
     os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, 0, _FIRST)

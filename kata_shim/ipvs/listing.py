@@ -159,10 +159,10 @@ def in_order(services: Iterable[ServiceState], views: Set[str] = frozenset()) ->
 
 
 def in_order_of(service: ServiceState, views: Set[str] = frozenset()) -> list[ServerState]:
-    """Return a service's servers by family, address and port; with "nosort" as they are."""
+    """Return a service's servers by their addresses' bytes, and port; with "nosort" as they are."""
     if "nosort" in views:
         return list(service.servers)
-    return sorted(service.servers, key=lambda state: state.server[:3])
+    return sorted(service.servers, key=lambda state: state.server[1:3])
 
 
 def sched_flags(service: Service) -> str:

@@ -170,7 +170,7 @@ def nearest_first(routes: Iterable[Route]) -> list[Route]:
 
 
 async def _dump(netlink: Netlink) -> list[Route]:
-    found = []
+    found: list[Route | None] = []
     for family in (AF_INET, AF_INET6):
         request = rtmsg()
         request["family"] = family
@@ -178,19 +178,23 @@ async def _dump(netlink: Netlink) -> list[Route]:
         for message in await netlink.dump(request, RTM_GETROUTE, "list routes"):
             if message["type"] in _LISTED_TYPES:
                 found.append(_from_message(message))
-    return found
+    return [route for route in found if route is not None]
 
 
-def _from_message(message: Message) -> Route:
+def _from_message(message: Message) -> Route | None:
+    """Return a route; None where its link has gone meanwhile, and the route with it."""
     hop = message
     if hops := message.get_attr("RTA_MULTIPATH"):
         hop = hops[0]
     index = hop.get_attr("RTA_OIF") or (hop["oif"] if hop is not message else 0)
+    device = name_of(index) if index else ""
+    if index and not device:
+        return None
     dest, via = message.get_attr("RTA_DST"), hop.get_attr("RTA_VIA")
     return Route(
         dest=f"{dest}/{message['dst_len']}" if message["dst_len"] else DEFAULT,
         gateway=hop.get_attr("RTA_GATEWAY") or (via["addr"] if via else ""),
-        device=name_of(index) if index else "",
+        device=device,
         family=message["family"],
         source=message.get_attr("RTA_PREFSRC") or "",
         scope=message["scope"],

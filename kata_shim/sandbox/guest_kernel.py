@@ -26,7 +26,8 @@ from kata_shim.ipvs.rules import Daemon, Info, Key, ServerState, ServiceState, T
 from kata_shim.ipvs.wire import Op
 from kata_shim.qemu.monitor import run_to_end
 
-CHUNK = 2048  # rules in one message to the guest
+CHUNK = 2048  # rules in one message to the guest, during which its agent does nothing else
+FIRST = 512  # rules in the first, for which the guest waits
 IN_FLIGHT = 2  # chunks: while the guest works on one the next is made
 FLOWS = 256  # conntrack entries in one message, each of which is acknowledged
 MAX_SAID = 24 << 20  # bytes; three times what the documents' most rules take
@@ -73,7 +74,7 @@ class GuestKernel:
         rest = enumerate(commands)
         try:
             while True:
-                while len(waiting) < IN_FLIGHT and (chunk := list(islice(rest, CHUNK))):
+                while len(waiting) < IN_FLIGHT and (chunk := list(islice(rest, CHUNK if waiting else FIRST))):
                     waiting.append(asyncio.create_task(self._send(chunk, family)))
                 if not waiting:
                     return

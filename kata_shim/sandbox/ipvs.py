@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,11 @@ from kata_shim.qemu.monitor import run_to_end
 from kata_shim.sandbox.guest_kernel import GuestKernel, RefusedError, Tell
 from kata_shim.sandbox.record import write_whole
 
+# What may pass: the guest stands still, or its agent is being started again.
+_NOT_NOW = {"deadline-exceeded", "unavailable", "data-loss"}
+WAY_OUT = "--dialect ipvsadm --parameters -C clears the table, whatever is in it"
+TRIES = 10  # after a channel that has ended, or answers that are none
+PAUSE = 1.0  # seconds between them
 # Views that are not told in short.
 _IN_FULL = {"stats", "rate", "thresholds", "persistent-conn", "tun-info"}
 
@@ -82,7 +86,7 @@ class Ipvs:
             await self._mend()
             if count := await self.kernel.count():
                 raise ShimError(
-                    "failed-precondition", f"the guest has {count} IPVS rules; delete them before restoring"
+                    "failed-precondition", f"the guest has IPVS rules ({count}); delete them before restoring"
                 )
             await self._whole_or_gone({}, commands, tell)
 
@@ -151,15 +155,17 @@ class Ipvs:
                 await self._mend()
 
     async def _be_whole_if_can(self) -> None:
-        with suppress(ShimError):
+        try:
             await self._be_whole()
+        except ShimError as error:
+            log.warning("IPVS rules are listed that a cut change has left", error=error.message)
 
     async def _mend(self) -> None:
         """Go back to the table before a change that is not whole; if the guest is silent, when it answers."""
         try:
             await self._go_back()
         except ShimError as error:
-            if error.code != "deadline-exceeded":
+            if error.code not in _NOT_NOW:
                 raise
             if self._waiting is None or self._waiting.done():
                 self._waiting = asyncio.create_task(self._mend_when_answered())
@@ -167,15 +173,18 @@ class Ipvs:
             raise ShimError(error.code, text) from None
 
     async def _mend_when_answered(self) -> None:
+        tries = TRIES
         while self._cut:
             try:
                 await self.kernel.count()
                 async with self._changing:
                     await self._go_back()
             except ShimError as error:
-                if error.code != "deadline-exceeded":
+                tries -= error.code != "deadline-exceeded"
+                if error.code not in _NOT_NOW or not tries:
                     log.warning("a cut change of IPVS rules stays for now", error=error.message)
                     return
+                await asyncio.sleep(PAUSE)  # an answer that is none may have come at once
 
     async def _go_back(self) -> None:
         try:
@@ -184,7 +193,8 @@ class Ipvs:
             self._cut = False
             return
         except (TypeError, ValueError) as error:
-            raise ShimError("data-loss", f"{self._before}: not a table of this version: {error}") from None
+            text = f"{self._before}: not a table of this version: {error}; {WAY_OUT}"
+            raise ShimError("failed-precondition", text) from None
         log.info("taking back a change of IPVS rules", services=len(want))
         try:
             if want:
@@ -193,7 +203,8 @@ class Ipvs:
             else:
                 await self.kernel.do(Command(Verb.CLEAR))
         except RefusedError as error:
-            raise ShimError("aborted", f"an earlier change cannot be taken back: {error.message}") from None
+            text = f"an earlier change cannot be taken back: {error.message}; {WAY_OUT}"
+            raise ShimError("aborted", text) from None
         self._settled()
 
     def _settled(self) -> None:

@@ -18,6 +18,7 @@ from kata_shim import messages
 from kata_shim.errors import ShimError
 from kata_shim.messages import Cancel, Request, Stdin
 from tests.component.cli_peer import CLI, Message, cli, environment, peer, sends
+from tests.support import Call
 
 pytestmark = pytest.mark.quick
 
@@ -281,8 +282,8 @@ def test_exec_without_stdin(state: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def start_exec(state: Path, stdin: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+def start_exec(state: Path, stdin: int = subprocess.PIPE) -> Call:
+    return Call(
         [CLI, "--root", str(state), "exec", "a1", "--", "sleep", "9"],
         stdin=stdin,
         stdout=subprocess.PIPE,

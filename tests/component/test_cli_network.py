@@ -16,6 +16,7 @@ from kata_shim import messages
 from kata_shim.errors import ShimError
 from kata_shim.messages import Cancel, Request
 from tests.component.cli_peer import CLI, Message, cli, environment, peer, sends
+from tests.support import Call
 
 pytestmark = pytest.mark.quick
 
@@ -341,8 +342,8 @@ def test_shim_that_ends_first(state: Path, lines: list[bytes]) -> None:
     assert (status, out, err) == (1, b"null\n", text.encode())
 
 
-def start(state: Path, *words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+def start(state: Path, *words: str) -> Call:
+    return Call(
         [CLI, "--root", str(state), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     )
 

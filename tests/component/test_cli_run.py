@@ -18,6 +18,7 @@ import pytest
 
 from kata_shim import client
 from tests.component.cli_peer import environment
+from tests.support import Call
 
 pytestmark = pytest.mark.quick
 
@@ -36,9 +37,9 @@ class Host:
         self.interpreter.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{SHIM}' \"$@\"\n")
         self.interpreter.chmod(0o755)
 
-    def start(self, behaviour: str, *words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+    def start(self, behaviour: str, *words: str, stderr: int = subprocess.PIPE) -> Call:
         """Start the CLI and return at once."""
-        return subprocess.Popen(
+        return Call(
             [sys.executable, "-c", LAUNCHER, str(self.interpreter), "--root", str(self.root), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -337,6 +337,12 @@ FAMILIES = struct.pack("=IHHIIBBH", 20, 0x10, 0x301, 1, 0, 3, 2, 0)
 GENERIC = 16
 
 
+def deflated(data: bytes) -> bytes:
+    """As the shim sends what is large."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return deflate.compress(data) + deflate.flush()
+
+
 class TestRelays:
     async def test_answers_come_in_pieces(self, client: Client) -> None:
         whole = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES])
@@ -353,10 +359,8 @@ class TestRelays:
         assert (len(pieces) > 2, b"".join(pieces)) == (True, once * count)
 
     async def test_a_large_message_comes_deflated(self, client: Client) -> None:
-        deflate = zlib.compressobj(wbits=-15)
-        deflated = deflate.compress(FAMILIES) + deflate.flush()
         whole = RelayNetlinkRequest(protocol=GENERIC, messages=[FAMILIES])
-        packed = RelayNetlinkRequest(protocol=GENERIC, deflated=deflated)
+        packed = RelayNetlinkRequest(protocol=GENERIC, deflated=deflated(FAMILIES))
         assert await call(client, "RelayNetlink", packed) == await call(client, "RelayNetlink", whole)
 
     async def test_what_nobody_takes_gives_way(self, client: Client) -> None:
@@ -374,6 +378,8 @@ class TestRelays:
         for method, request in (
             ("RelayNetlink", RelayNetlinkRequest(protocol=0, messages=[FAMILIES])),
             ("RelayNetlink", RelayNetlinkRequest(protocol=GENERIC, deflated=b"not deflated")),
+            ("RelayNetlink", RelayNetlinkRequest(protocol=GENERIC, deflated=deflated(b"cut" * 100)[:-4])),
+            ("RelayNetlink", RelayNetlinkRequest(protocol=GENERIC, deflated=deflated(bytes(1 << 28)))),
             ("ReadTable", ReadTableRequest(name="../shadow")),
             ("CountTable", CountTableRequest(name="/etc/shadow")),
         ):

@@ -112,7 +112,7 @@ async def test_an_unreadable_table_to_go_back_to_hinders_changes_but_a_clear_one
     table = ipvs(Liar([family(), acknowledgement(1)]), tmp_path)
     with pytest.raises(ShimError) as caught:
         await table.change(parse_parameters(RULE), limited=True)
-    assert caught.value.code == "data-loss"
+    assert caught.value.code == "failed-precondition"
     await table.reconcile()  # says so in the log, and lets the sandbox be taken over
     await table.change(Command(Verb.CLEAR), limited=False)
     assert os.listdir(tmp_path) == []

@@ -55,7 +55,7 @@ _HALVES = (
         ),
         (
             "10.1.0.1:80", "10.1.0.2", "10.1.0.1:8080", "[2001:db8:1::1]:80", "127.0.0.1:80", "2001:db8:1::2",
-            "localhost", "[::1]:80", "[::ffff:10.9.9.9]:80",
+            "localhost:http", "[::1]:80", "[::ffff:10.9.9.9]:80",
         ),
         (
             "1.2.3", "0x0a000001:80", "010.0.0.1:8", "[1.2.3.4]:80", "0.0.0.0:0", "::", "10.0.0.1:+80",
@@ -68,7 +68,7 @@ _HALVES = (
             "high:domain",
         ),
         (
-            "192.168.1.1:80", "192.168.1.2", "192.168.1.1:8080", "[fd00:1::1]:80", "fd00:1::2", "high",
+            "192.168.1.1:80", "192.168.1.2", "192.168.1.1:8080", "[fd00:1::1]:80", "fd00:1::2", "high:domain",
             "203.0.113.9:0", "[fdff::1]:0",
         ),
         ("200.1:80", "0xc8000001:80", "224.0.0.1:80", "255.255.255.255:80", "ff02::1", "[high]"),
@@ -126,18 +126,14 @@ _INTERFACE = _Option("mcast-interface", "", ("lo",), ("eth0", "nosuch", "averyve
 _DAEMON_OPTIONS = (
     _number("syncid", "", "3", "255", "0"),
     _Option(
-        "mcast-group", "", ("224.0.0.99", "ff02::5"), ("1.2.3.4", "fe80::1", "abc", "224.0.0", "ff::%lo")
+        "mcast-group", "", ("224.0.0.99", "ff02::5"), ("240.0.0.1", "fe80::1", "abc", "224.0.0", "ff::%lo")
     ),
     _number("mcast-port", "", "9000"),
-    _number("mcast-ttl", "", "3", "255"),
-    _number("sync-maxlen", "", "1000", "65507"),
+    _Option("mcast-ttl", "", ("3", "255"), ("0", "256", "-1", "abc")),
+    _Option("sync-maxlen", "", ("1000", "65507"), ("0", "65508", "abc")),
 )
-_MASQUERADING, _IPIP, _GATEWAYING = (
-    _Option("masquerading", "m"),
-    _Option("ipip", "i"),
-    _Option("gatewaying", "g"),
-)
-_FORWARDS = (_MASQUERADING, _IPIP, _GATEWAYING)
+_IPIP = _Option("ipip", "i")
+_FORWARDS = (_Option("masquerading", "m"), _IPIP, _Option("gatewaying", "g"))
 _CHECKSUMS = (_Option("tun-nocsum"), _Option("tun-csum"), _Option("tun-remcsum"))
 _ONE_PACKET, _IPV6, _NUMERIC = _Option("ops", "o"), _Option("ipv6", "6"), _Option("numeric", "n")
 _VIEWS = (
@@ -185,7 +181,7 @@ _VERBS = {
 }
 # How often each is drawn: those of rules, which a file may have, and all others.
 _RULES = "a" * 10 + "A" * 7 + "eeeEEEddDC"
-_OTHERS = (*"LLLLSSZZlRhv", "set", "set", "start", "start", "stop")
+_OTHERS = (*"LLLLSSZZlRhv", "set", "set", "start", "start", "start", "stop")
 _NO_OPTIONS = (
     "junk", "10", "-", "--", "-q", "--bogus", "--bogus=1", "--tcp", "--weigh=1", "--numeric=1", "-n=1", "-nq",
     "-=", "--=", "=", "-é", "--weight=", "--tcp-service=", "-t=", "---n", "-Xn", "-?", "--usage", "--help",
@@ -232,12 +228,12 @@ def _spelled(draw: st.DrawFn, option: _Option, value: str | None) -> _Words:
 
 
 @st.composite
-def _given(draw: st.DrawFn, option: _Option, half: Half, odd: int = 1) -> _Words:
+def _given(draw: st.DrawFn, option: _Option, half: Half, odd: int = 2) -> _Words:
     """An option with a value, an odd one in `odd` of ten."""
     sound, strange = option.sound, option.odd
     if option in _ADDRESSED or option is _REAL_SERVER:
         sound = half.servers if option is _REAL_SERVER else half.services
-        strange = half.odd + _NO_ADDRESSES
+        strange = half.odd * 2 + _NO_ADDRESSES
     if not sound or (option is _PERSISTENT and _tenths(draw, 3)):
         return draw(_spelled(option, None))
     return draw(_spelled(option, draw(st.sampled_from(strange if _tenths(draw, odd) else sound))))
@@ -294,9 +290,8 @@ def _scheduled(draw: st.DrawFn, half: Half) -> list[_Words]:
         items = [draw(_spelled(_SCHEDULER, scheduler)), draw(_spelled(_SCHED_FLAGS, flags))]
     else:
         items = draw(_some(half, (_SCHEDULER,), 7)) + draw(_some(half, (_SCHED_FLAGS,), 1))
-    return (
-        items + draw(_some(half, (_PERSISTENT,), 6)) + draw(_some(half, (_NETMASK, _ENGINE, _ONE_PACKET), 2))
-    )
+    items += draw(_some(half, (_PERSISTENT,), 6)) + draw(_some(half, (_NETMASK, _ENGINE), 3))
+    return items + draw(_some(half, (_ONE_PACKET,), 1))
 
 
 @st.composite
@@ -305,8 +300,11 @@ def _reached(draw: st.DrawFn, half: Half) -> list[_Words]:
     items = draw(_some(half, (_WEIGHT,), 5)) + draw(_some(half, (_UPPER, _LOWER), 2))
     if not _tenths(draw, 3):
         return items + draw(_some(half, (draw(st.sampled_from(_FORWARDS)),), 8))
+    items.append(draw(_spelled(_IPIP, None)))
+    if _tenths(draw, 3):
+        return items + draw(_some(half, (_TUNNEL_TYPE, _TUNNEL_PORT, *_CHECKSUMS), 5))
     tunnel, port, checksum = draw(st.sampled_from(_TUNNELS))
-    items += [draw(_spelled(_IPIP, None)), draw(_spelled(_TUNNEL_TYPE, tunnel))]
+    items.append(draw(_spelled(_TUNNEL_TYPE, tunnel)))
     items += [draw(_spelled(_TUNNEL_PORT, port))] if port else []
     return items + ([draw(_spelled(_Option(checksum), None))] if checksum else [])
 
@@ -320,12 +318,12 @@ def _what(draw: st.DrawFn, verb: str, half: Half) -> list[_Words]:
         case "a" | "e":
             return draw(_reached(half))
         case "L" | "l":
-            views = draw(st.lists(st.sampled_from(_VIEWS), max_size=2))
+            views = draw(st.lists(st.sampled_from(_VIEWS), max_size=3))
             return [*draw(_some(half, (_NUMERIC,), 5)), *(draw(_spelled(view, None)) for view in views)]
         case "S":
             return draw(_some(half, (_NUMERIC,), 5))
         case "start":
-            return draw(_some(half, (_INTERFACE,), 8)) + draw(_some(half, _DAEMON_OPTIONS, 3))
+            return draw(_some(half, (_INTERFACE,), 8)) + draw(_some(half, _DAEMON_OPTIONS, 4))
         case "stop":
             return draw(_some(half, _DAEMON_OPTIONS[:1], 2))
         case "set":
@@ -336,13 +334,13 @@ def _what(draw: st.DrawFn, verb: str, half: Half) -> list[_Words]:
 
 @st.composite
 def _spoilt(draw: st.DrawFn, items: list[_Words], half: Half, *, verbs: bool) -> list[_Words]:
-    """The words of a line with one thing changed; the first is the verb, another may come with `verbs`."""
+    """The words of a line with one thing wrong; the first is the verb, another may come with `verbs`."""
     place = draw(st.integers(0, len(items) - 1))
-    match draw(
-        st.sampled_from(["add", "leave", "twice", "word", "order", "cut", *(["verb"] if verbs else [])])
-    ):
+    ways = ("add", "leave", "twice", "word", "order", "cut", "verb")
+    match draw(st.sampled_from(ways if verbs else ways[:-1])):
         case "add":
-            items.append(draw(_given(draw(st.sampled_from(_OPTIONS)), half, odd=3)))
+            added = draw(st.lists(st.sampled_from(_OPTIONS), min_size=1, max_size=4))
+            items += [draw(_given(option, half, odd=3)) for option in added]
         case "leave":
             items = items[: max(place, 1)] + items[max(place, 1) + 1 :]
         case "twice":
@@ -376,7 +374,11 @@ def _bundled(items: list[_Words]) -> list[_Words]:
 def _line(draw: st.DrawFn, cast: _Cast, verbs: Sequence[str], *, in_file: bool = False) -> Words:
     """A line with one of these verbs; in a file it is sound more often, and has no other verb."""
     verb = draw(st.sampled_from(verbs))
-    items = [draw(_given(_VERBS[verb], cast.half)), *draw(_whom(verb, cast)), *draw(_what(verb, cast.half))]
+    items = [
+        draw(_given(_VERBS[verb], cast.half, odd=1)),
+        *draw(_whom(verb, cast)),
+        *draw(_what(verb, cast.half)),
+    ]
     for _ in range(draw(st.sampled_from((0,) * 7 + (1,) if in_file else (0, 0, 0, 1, 1, 2)))):
         items = draw(_spoilt(items, cast.half, verbs=not in_file))
     if _tenths(draw, 3):
@@ -386,7 +388,7 @@ def _line(draw: st.DrawFn, cast: _Cast, verbs: Sequence[str], *, in_file: bool =
 
 @st.composite
 def _file(draw: st.DrawFn, cast: _Cast) -> Restore:
-    lines = draw(st.lists(_line(cast, _RULES, in_file=True), min_size=1, max_size=6))
+    lines = draw(st.lists(_line(cast, _RULES, in_file=True), max_size=6))
     if _tenths(draw, 2):
         lines = [("ipvsadm", *words) for words in lines]
     if _tenths(draw, 2):
@@ -413,5 +415,5 @@ def sequences(draw: st.DrawFn) -> list[Step]:
     cast = draw(_casts())
     services = draw(st.lists(_line(cast, "A"), max_size=3))
     rules = draw(st.lists(_line(cast, _RULES), max_size=6))
-    steps = draw(st.lists(_step(cast, files=_tenths(draw, 5)), min_size=1, max_size=6))
+    steps = draw(st.lists(_step(cast, files=_tenths(draw, 5)), max_size=7))
     return [*map(Line, services), *map(Line, rules), *steps]

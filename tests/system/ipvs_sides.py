@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kata_shim import client
 from kata_shim.errors import ShimError
+from tests.started import PATIENCE
 from tests.support import Guest, Result
 from tests.system.ipvs import DONE, ipvsadm_restore
 from tests.system.ipvs_lines import HOSTS, SERVICES, Line, Restore, Step
@@ -58,6 +60,7 @@ class ByConnection:
     def __init__(self, guest: Guest) -> None:
         """Connect to the guest's shim."""
         self._connection = client.connect(str(guest.runtime.root), guest.id)
+        self._connection.socket.settimeout(PATIENCE)
 
     def __call__(self, step: Step) -> Result:
         """Do one step."""
@@ -105,6 +108,8 @@ class Theirs:
     def answers(self) -> list[Result]:
         """Return what came of the steps that were asked."""
         assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
+        assert readable, "ipvsadm, or its guest, stands still"
         return [Result(*answer) for answer in json.loads(self._process.stdout.readline())]
 
     def whole(self, steps: list[Step], end: End, answers: list[Result]) -> list[Result]:
@@ -131,6 +136,7 @@ class Theirs:
             (number, answer) for (number, _), answer in zip(lines, said, strict=False) if answer != DONE
         ]
         wrong = [(number, answer) for number, answer in refused if _is_wrong(answer)]
+        assert refused, f"ipvsadm refuses this as a whole, but no line of it alone:\n{file}"
         number, answer = (wrong or refused)[0]
         return Result(1, "null\n", f"line {number}: {answer.stderr.rstrip()}\n")
 
@@ -157,10 +163,13 @@ class Sides:
         end = _end(steps)
         whole = [*steps, *end.views, *end.undoing]
         self.theirs.ask(whole)
-        given = [ours(step) for step in whole]
-        wanted = self.theirs.whole(steps, end, self.theirs.answers())
+        try:
+            given = [ours(step) for step in whole]
+        finally:
+            answers = self.theirs.answers()
+        wanted = self.theirs.whole(steps, end, answers)
         for number, (step, mine, other) in enumerate(zip(whole, given, wanted, strict=True)):
-            got, want = _told_alike(step, mine), _done_alike(step, other)
+            got, want = _unordered(step, _told_alike(step, mine)), _unordered(step, _done_alike(step, other))
             before = "".join(f"  {each!s}\n" for each in whole[:number])
             assert got == want, f"after\n{before}of {step!s}\nours   {got}\ntheirs {want}"
 
@@ -190,6 +199,21 @@ def _told_alike(step: Step, ours: Result) -> Result:
         return ours
     lines = [_without_thresholds(_without_odd_flags(line)) for line in ours.stdout.splitlines(keepends=True)]
     return replace(ours, stdout="".join(lines))
+
+
+def _unordered(step: Step, answer: Result) -> Result:
+    """Return an answer without an order that is each kernel's own.
+
+    Unsorted, services stand as a hash has them that begins at another place in each guest, and servers as
+    they were added: again, where a file has been taken back.
+    """
+    if not isinstance(step, Line) or "--nosort" not in step.words:
+        return answer
+    found, service = list[str](), ""
+    for line in answer.stdout.splitlines(keepends=True):
+        service = service if line.startswith("  ->") else line
+        found.append(f"{service} {line}")
+    return replace(answer, stdout="".join(sorted(found)))
 
 
 def _without_odd_flags(line: str) -> str:

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 AT_ONCE = 16
 CLIENTS = 8
 OPERATIONS = 30  # of each client in a storm
+STORMS = 3
 NICS = 6  # that the clients of a storm contend for
 # What a storm's client may be told: that another was faster.
 LOST_THE_RACE = {"already-exists", "not-found", "failed-precondition", "invalid-argument"}
@@ -207,17 +208,21 @@ class _Client:
             assert answer["error"]["code"] in LOST_THE_RACE, (operation, answer)
 
 
-@pytest.mark.parametrize("seed", range(3))
-async def test_storm(sandbox: Live, wire: Wire, seed: int) -> None:
-    async with AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(await Wire.connect(sandbox.socket)) for _ in range(CLIENTS)]
-        clients = [_Client(each, f"{seed} {number}") for number, each in enumerate(wires)]
-        await asyncio.gather(*(client.run(OPERATIONS) for client in clients))
-    told = sum((client.told for client in clients), Counter[str]())
-    assert sum(told.values()) == CLIENTS * OPERATIONS
+async def test_storms(sandbox: Live, wire: Wire) -> None:
+    told = Counter[str]()
+    for seed in range(STORMS):
+        async with AsyncExitStack() as stack:
+            wires = [
+                await stack.enter_async_context(await Wire.connect(sandbox.socket)) for _ in range(CLIENTS)
+            ]
+            clients = [_Client(each, f"{seed} {number}") for number, each in enumerate(wires)]
+            await asyncio.gather(*(client.run(OPERATIONS) for client in clients))
+        await _agree(sandbox, wire)
+        await _clear(wire)
+        told += sum((client.told for client in clients), Counter[str]())
+    assert sum(told.values()) == STORMS * CLIENTS * OPERATIONS
     for command in ("add-iface", "del-iface", "update-iface", "add-route", "del-route"):
         assert told[f"kata-network.{command} done"] > 0, told
-    await _agree(sandbox, wire)
 
 
 @pytest.mark.parametrize("seed", range(3))

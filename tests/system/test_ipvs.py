@@ -133,7 +133,7 @@ def test_a_rule_that_the_kernel_refuses_is_named_and_nothing_stays(guest: Guest,
 def test_restoring_needs_an_empty_table(guest: Guest) -> None:
     assert guest.restore(many(1)) == DONE
     before = saved(guest)
-    assert guest.restore(many(2)) == refused("the guest has 4 IPVS rules; delete them before restoring")
+    assert guest.restore(many(2)) == refused("the guest has IPVS rules (4); delete them before restoring")
     assert saved(guest) == before
 
 

@@ -18,6 +18,7 @@ from tests.system.ipvs_lines import Step, sequences
 from tests.system.ipvs_sides import ByConnection, Sides, Theirs, by_command, prepare
 from tests.system.network import booted
 
+ENOUGH = 300  # sequences for each of ipvsadm's options to be among them
 BY_COMMAND = 10  # of so many sequences one is done by the command itself, a process for each line
 DRAWN = 9  # at once: the simplest and eight new ones; of more, hypothesis makes most of those before
 
@@ -67,6 +68,8 @@ def test_they_do_the_same(sides: Sides, request: pytest.FixtureRequest) -> None:
         agreed = _compare(sides, ours, count, number)
     finally:
         ours.close()
+    if count < ENOUGH:
+        return
     words = {word.partition("=")[0] for text in agreed for word in text.split()}
     options = set(re.findall(r"--[a-z0-9-]+", sides.ours.run("ipvsadm", "-h").stdout))
     assert (len(options), options - words) == (56, set())

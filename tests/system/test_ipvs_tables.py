@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kata_shim.sandbox.guest_kernel import CHUNK
 from tests.started import PATIENCE, kill, shims
 from tests.support import Guest, Result, Runtime
 from tests.system.ipvs import DONE, ODD, TABLE, ipvsadm_restore, many, replace_by, saved
@@ -57,6 +58,21 @@ def test_a_table_with_rules_is_as_before_when_one_is_refused(guest: Guest, line:
     rules = many(75) + edits + f"{line}\n" + many(150)[len(many(75)) :]
     assert ipvsadm_restore(guest, rules) == refused(reason)
     assert (guest.run("ipvsadm", "-Ln", "--thresholds").stdout, saved(guest)) == before
+
+
+def test_others_have_their_turn_during_a_restore(guest: Guest) -> None:
+    """What the guest's agent does at once does not keep it from everything else."""
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as answers:
+        connection.settimeout(PATIENCE)
+        connection.connect(str(guest.runtime.root / "sandboxes" / guest.id / "shim.sock"))
+        connection.sendall(request_to_restore(many(5000), "ipvsadm"))
+        assert "progress" in json.loads(answers.readline())
+        connection.sendall(b'{"id":2,"method":"kata-network.list-routes"}\n')
+        ended: list[int] = []
+        while len(ended) < 2:
+            answer = json.loads(answers.readline())
+            ended += [] if "progress" in answer else [answer["id"]]
+    assert ended == [2, 1]
 
 
 def test_replacing_changes_what_differs_and_no_more(guest: Guest) -> None:
@@ -158,13 +174,18 @@ def test_a_connection_survives_a_replacement(guest: Guest) -> None:
     assert guest.run("ip", "address", "del", "10.9.9.9/32", "dev", "lo").status == 0
 
 
+def request_to_restore(rules: str, dialect: str) -> bytes:
+    """The line that asks a shim to restore rules."""
+    request = {"id": 1, "method": "kata-ipvs.restore", "params": {"rules": rules, "dialect": dialect}}
+    return json.dumps(request).encode() + b"\n"
+
+
 def cut(guest: Guest, rules: str, dialect: str, done: int) -> socket.socket:
     """Begin a restore; return the connection when so many rules are done, so that the next are under way."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(PATIENCE)
     connection.connect(str(guest.runtime.root / "sandboxes" / guest.id / "shim.sock"))
-    request = {"id": 1, "method": "kata-ipvs.restore", "params": {"rules": rules, "dialect": dialect}}
-    connection.sendall(json.dumps(request).encode() + b"\n")
+    connection.sendall(request_to_restore(rules, dialect))
     with connection.makefile("rb") as answers:
         while done and json.loads(answers.readline())["progress"]["done"] < done:
             pass
@@ -177,14 +198,14 @@ def test_a_restore_that_is_cut_leaves_the_table_before_it(
     runtime: Runtime, tmp_path: Path, dialect: str, whom: str
 ) -> None:
     """The caller or the shim dies with a part of it done: the table has what it had, to the last option."""
-    rules = many(1250)
+    rules = many(3 * CHUNK // 4)  # of four rules each
     if dialect == "ipvsadm":
         rules = "-C\n" + rules
     with booted(runtime, tmp_path, f"cut-{whom}-{dialect}") as guest:
         if dialect == "ipvsadm":
             assert ipvsadm_restore(guest, TABLE + ODD) == DONE
         before = guest.run("ipvsadm", "-Ln", "--thresholds").stdout, saved(guest)
-        for done in (0, 1, 1000, 2000, 3000):
+        for done in (0, 1, CHUNK + 1):
             with cut(guest, rules, dialect, done):
                 if whom == "shim":
                     kill(shims(runtime.root, guest.id)[0])

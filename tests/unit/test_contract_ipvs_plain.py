@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,68 +11,48 @@ from hypothesis import strategies as st
 from kata_shim.contract.ipvs import parse_parameters, parse_plain, parse_rules
 from kata_shim.errors import ShimError
 from kata_shim.ipvs.command import Command
+from kata_shim.ipvs.language import parse
 
 pytestmark = pytest.mark.quick
 
-# Few of each, so that lines share some: what is shared is read once.
-addresses = st.sampled_from(
-    ["10.0.0.1:80", "10.0.0.1:81", "10.0.0.2:80", "[fd00::1]:80", "[fd00::2]:443", "255.255.255.255:65535"]
+PLAIN = [
+    text.format(*of)
+    for of in product(("-t", "-u"), ("10.0.0.1", "[fd00::1]"), ("rr", "nq"), ("-m", "-i", "-g"))
+    for text in (
+        "-A {0} {1}:80 -s {2} -p 2678400",
+        "-a {0} {1}:80 -r {1}:65535 {3}",
+        "-a {0} {1}:80 -r {1}:1 {3} -w 65535",
+    )
+]
+# What stands in the place of one word of such a line.
+ODD = [
+    "-f", "-A", "-a", "-d", "-n", "-w", "-s", "-mi", "-t10.0.0.1:80", "--tcp-service", "--masquerading",
+    "x", "mh", "RR", "wlc", "0", "1", "65536", "2678401", "007", "-1", "+1", "1_0", "٣", "999999999",
+    ":80", "x:80", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:080", "10.0.0.1:+8", "10.0.0.1:８",
+    "10.0.0.2:81", "10.0.0.01:80", "10.0.0.256:80", "10.0.0:80", "10.0.0.1.1:80", "localhost:http",
+    "[fd00::2]:81", "fd00::1:80", "[10.0.0.1]:80", "[fd00::g]:80", "[fd00::1%1]:80", "[fd00::1]",
+]  # fmt: skip
+LINES = sorted(
+    {
+        " ".join((*words[:at], word, *words[at + 1 :]))
+        for words in map(str.split, PLAIN)
+        for at, word in product(range(len(words)), ODD)
+    }
 )
-wrong_addresses = st.sampled_from(
-    [
-        ":80",
-        "x:80",
-        "-t",
-        "10.0.0.1",
-        "10.0.0.1:0",
-        "10.0.0.1:65536",
-        "10.0.0.01:80",
-        "10.0.0.256:80",
-        "10.0.0:80",
-        "10.0.0.1:８",
-        "10.0.0.1:080",
-        "10.0.0.1:+8",
-        "fd00::1:80",
-        "[10.0.0.1]:80",
-        "[fd00::g]:80",
-        "[fd00::1]",
-        "",
-    ]
-)
-any_address = addresses | wrong_addresses
-options = st.sampled_from(["-t", "-u", "-t", "-u", "--tcp-service", "-f", "-A"])
-ways = st.sampled_from(["-m", "-i", "-g", "-m", "-i", "-g", "--masquerading", "-mi", "-n", "-w"])
-numbers = st.sampled_from(
-    [
-        "0",
-        "1",
-        "3000",
-        "65535",
-        "65536",
-        "2678400",
-        "2678401",
-        "007",
-        "-1",
-        "+1",
-        "1_0",
-        "٣",
-        "999999999",
-        "9999999999",
-        "x",
-    ]
-)
-schedulers = st.sampled_from(["rr", "wlc", "nq", "mh", "RR", "-s", "r"])
-plain_lines = st.one_of(
-    st.tuples(
-        st.just("-A"), options, any_address, st.just("-s"), schedulers, st.just("-p"), numbers
-    ),
-    st.tuples(st.just("-a"), options, any_address, st.just("-r"), any_address, ways),
-    st.tuples(st.just("-a"), options, any_address, st.just("-r"), any_address, ways, st.just("-w"), numbers),
-)  # fmt: skip
-lines = plain_lines.map(" ".join)
 
 
-@given(st.lists(lines, min_size=1, max_size=6))
+@pytest.mark.parametrize("line", PLAIN)
+def test_the_plain_form_takes_the_shorter_way(line: str) -> None:
+    assert parse_plain(line.split()) == _alone(line)
+
+
+def test_each_line_means_what_it_means_by_the_long_way_in_both_dialects() -> None:
+    for line in [*PLAIN, *LINES]:
+        found = parse_plain(line.split())
+        assert found is None or found == _alone(line) == _of_ipvsadm(line), line
+
+
+@given(st.lists(st.sampled_from(PLAIN) | st.sampled_from(LINES), min_size=1, max_size=6))
 def test_each_line_of_a_file_means_what_it_means_alone(file: list[str]) -> None:
     alone = [_alone(line) for line in file]
     wrong = next((number for number, found in enumerate(alone, 1) if isinstance(found, str)), None)
@@ -83,20 +65,14 @@ def test_each_line_of_a_file_means_what_it_means_alone(file: list[str]) -> None:
         assert refusal.value.message == f"line {wrong}: {alone[wrong - 1]}"
 
 
-@pytest.mark.parametrize("option", ["-t", "-u"])
-@pytest.mark.parametrize("host", ["10.0.0.1", "[fd00::1]"])
-@pytest.mark.parametrize(
-    "words",
-    ["-A {} {}:80 -s wrr -p 300", "-a {} {}:80 -r {}:90 -m", "-a {} {}:80 -r {}:90 -i -w 65535"],
-)
-def test_the_plain_form_takes_the_shorter_way(option: str, host: str, words: str) -> None:
-    line = words.format(option, host, host)
-    assert parse_plain(line.split()) == _alone(line)
-
-
 def _alone(line: str) -> Command | str:
     """Return what a line means by the long way, or why it is refused."""
     try:
-        return parse_parameters(line)  # which differs from a file in the way to a server that names none
+        return parse_parameters(line)
     except ShimError as error:
         return error.message
+
+
+def _of_ipvsadm(line: str) -> Command:
+    """Return what a line means in ipvsadm's dialect, which also keeps the names of its options."""
+    return parse(line.split())._replace(given=frozenset())

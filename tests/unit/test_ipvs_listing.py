@@ -126,6 +126,15 @@ def test_addresses_are_sorted_also_across_half_of_them() -> None:
     ]  # fmt: skip
 
 
+def test_servers_of_both_families_are_sorted_by_their_bytes() -> None:
+    servers = ("[::1]:80", "[2001:db8::1]:80", "10.0.0.2:80", "[fd00::1]:80", "10.0.0.1:80")
+    rules = "".join(f"\n-a -t 10.0.0.1:80 -r {server} -i" for server in servers)
+    services = made(f"-A -t 10.0.0.1:80{rules}")
+    assert [line.split()[1] for line in listed(services=services).splitlines()[4:]] == [
+        "[::1]:80", "10.0.0.1:80", "10.0.0.2:80", "[2001:db8::1]:80", "[fd00::1]:80"
+    ]  # fmt: skip
+
+
 def test_a_firewall_mark_has_no_sign() -> None:
     services = made("-A -f 4294967295\n-A -f 1\n-A -f 3000000000\n-A -t 10.0.0.1:80")
     assert [line.split()[1] for line in listed(services=services).splitlines()[3:]] == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -112,14 +113,14 @@ def test_longest_line() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_a_refusal(line: bytes) -> None:
-    with pytest.raises(LineError):
-        messages.parse(line)
+    with suppress(LineError):
+        assert isinstance(messages.parse(line), Request | Cancel | Stdin)
 
 
 @given(values)
 def test_any_json_is_a_message_or_a_refusal(value: Any) -> None:
-    with pytest.raises(LineError):
-        messages.parse(encode(value))
+    with suppress(LineError):
+        assert isinstance(messages.parse(encode(value)), Request | Cancel | Stdin)
 
 
 @given(st.integers(0, 2**31), values)
