@@ -357,8 +357,9 @@ def connect(
 ) -> Connection:
     """Connect to the shim of `sandbox_id`, a full id; with `revive`, start one where none is running.
 
-    Any number of callers at once start one shim, `containerd`'s if given. Raises ShimError: `not-found` without such a sandbox,
-    `unavailable` where no shim runs and none is to be started; OSError where it cannot be started.
+    Any number of callers at once start one shim, `containerd`'s if given. Raises ShimError: `not-found`
+    without such a sandbox, `unavailable` where no shim runs and none is to be started; OSError where it
+    cannot be started.
     """
     directory = sandbox_directory(root, sandbox_id)
     sock = _dial(directory)

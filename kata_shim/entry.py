@@ -1,8 +1,8 @@
 """containerd-shim-kata-v2 as containerd calls it: `start`, `delete` and `-info`; all else is kata_shim.shim.
 
-The interface is containerd's runtime v2 (core/runtime/v2/README.md of github.com/containerd/containerd): `start`
-prints the address at which the shim answers and ends; `delete` prints a serialized DeleteResponse. Standard
-library only, and little of it: containerd waits.
+The interface is containerd's runtime v2 (core/runtime/v2/README.md of github.com/containerd/containerd):
+`start` prints the address at which the shim answers and ends; `delete` prints a serialized DeleteResponse.
+Standard library only, and little of it: containerd waits.
 """
 
 from __future__ import annotations

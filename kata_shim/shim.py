@@ -27,7 +27,8 @@ from kata_shim.sandbox.host import check
 from kata_shim.sandbox.sandbox import Sandbox
 from kata_shim.spawn import Containerd
 
-USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N [--task-fd N --namespace NS --events PATH] ID
+USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N
+           [--task-fd N --namespace NS --events PATH] ID
        containerd-shim-kata-v2 check --root DIR [--config FILE]
        containerd-shim-kata-v2 zygote --root DIR --listen-fd N
        containerd-shim-kata-v2 factory init|status|destroy --root DIR [--config FILE] [--format text|json]

@@ -27,7 +27,8 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 def execute(arguments: Arguments) -> int:
     """Run a command in the container, or the guest where there is none, or with --guest.
 
-    The status is its own, 128+n for a signal, 126 or 127 where it cannot run. The first signal cancels the command and waits for its end, a second one leaves at once: status 128+n.
+    The status is its own, 128+n for a signal, 126 or 127 where it cannot run. The first signal cancels the
+    command and waits for its end, a second one leaves at once: status 128+n.
     """
     sandbox_id, container = client.resolve_container(arguments.root, arguments.words[0])
     argv = arguments.words[1:]

@@ -74,7 +74,7 @@ def default_spec(rootfs: str, args: list[str], env: list[str], cwd: str, *, term
             "args": args,
             "env": [_PATH, *env],
             "cwd": cwd or "/",
-            "capabilities": {name: _CAPABILITIES for name in ("bounding", "effective", "permitted")},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _CAPABILITIES),
             "noNewPrivileges": True,
         },
         "root": {"path": rootfs},

@@ -1,4 +1,4 @@
-"""What happens to containers, told to containerd: in the order in which it happened, however slow it listens."""
+"""What happens to containers, told to containerd in the order in which it happened, however slow it is."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Publisher:
         self._namespace = namespace
         self._queue: list[forward_pb2.Envelope] = []
         self._more = asyncio.Event()
+        self._all_taken = asyncio.Event()
+        self._all_taken.set()
         self._client: Client | None = None
         self._sending = asyncio.ensure_future(self._send_all())
 
@@ -48,13 +50,13 @@ class Publisher:
             )
         )
         self._more.set()
+        self._all_taken.clear()
 
     async def close(self, timeout: float) -> None:
         """Stop, once all has been forwarded or after so many seconds."""
         try:
             async with asyncio.timeout(timeout):
-                while self._queue:
-                    await asyncio.sleep(0.01)
+                await self._all_taken.wait()
         except TimeoutError:
             log.warning("events are lost: containerd takes none", number=len(self._queue))
         self._sending.cancel()
@@ -67,6 +69,7 @@ class Publisher:
         while True:
             while not self._queue:
                 self._more.clear()
+                self._all_taken.set()
                 await self._more.wait()
             try:
                 await self._send(self._queue[0])

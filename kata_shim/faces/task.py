@@ -1,4 +1,4 @@
-"""containerd.task.v2.Task, and v3, which has the same messages: a sandbox's containers as containerd's tasks."""
+"""containerd.task.v2.Task, and v3, of the same messages: a sandbox's containers as containerd's tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A container's cgroup, of version 2 (Documentation/admin-guide/cgroup-v2.rst): what it uses, and acts on it all."""
+"""A container's cgroup, of version 2 (Documentation/admin-guide/cgroup-v2.rst): its use, acts on all of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Cgroup:
 
     async def _until(self, words: str) -> None:
         """Wait for a line of cgroup.events."""
-        with open(f"{self._directory}/cgroup.events") as events, select.epoll() as waiting:
+        path = f"{self._directory}/cgroup.events"
+        with open(path) as events, select.epoll() as waiting:  # noqa: ASYNC230  no disk is below it
             waiting.register(events, select.EPOLLPRI)
             loop = asyncio.get_running_loop()
             woken = asyncio.Event()

@@ -1,8 +1,8 @@
 """The OCI runtime of the guest, crun or runc, as a program that is run for each command.
 
 Under emulation each run of it takes 0.2 s and more, so what crun's own files allow is done without it: its
-`create` leaves a process that waits at a FIFO, and a container all of whose processes have ended is only files
-and control groups.
+`create` leaves a process that waits at a FIFO, and a container all of whose processes have ended is only
+files and control groups.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ class Runtime:
     async def start(self, *, hooks: bool) -> None:
         """Let the first process begin; `hooks`: there are some to be run then."""
         if self._program == "crun" and not hooks:
+            path = f"{self._state}/exec.fifo"
             with suppress(OSError):  # it has gone on or ended; crun tells
-                with open(f"{self._state}/exec.fifo", "wb", buffering=0, opener=_without_waiting) as fifo:
-                    fifo.write(b"0")
-                os.unlink(f"{self._state}/exec.fifo")
+                fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.write(fifo, b"0")
+                finally:
+                    os.close(fifo)
+                os.unlink(path)
                 return
         await self._run("start", self._id)
 
@@ -104,22 +108,3 @@ class Runtime:
             if status := await child.exited:
                 why = _last_words(log) or f"exit status {status}"
                 raise ShimError("internal", f"{self._program} {words[0]}: {why}")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
-
-
-def _take_number(path: str) -> int:
-    with open(path) as file:
-        number = int(file.read())
-    os.unlink(path)
-    return number
-
-
-def _last_words(log: str) -> str:
-    try:
-        with open(log, errors="replace") as file:
-            return file.read()[-2000:].strip().rpartition("\n")[2]
-    except OSError:
-        return ""

@@ -23,7 +23,8 @@ class MachineSpec:
     `default_memory` is in MiB. The three `*_fd` are listening unix sockets that QEMU inherits by number;
     `agent_fd` -1 leaves the virtio-serial channel out (vsock instead: `guest_cid` above 2). `memory_path` is
     a file of that size that holds the guest's memory; without one it is a memfd if `shared_memory`, else
-    QEMU's own. `shared_directory` is the guest's 9p file system SHARED_TAG. A machine that is `incoming` waits for its saved state and does not boot.
+    QEMU's own. `shared_directory` is the guest's 9p file system SHARED_TAG. A machine that is `incoming`
+    waits for its saved state and does not boot.
     """
 
     name: str

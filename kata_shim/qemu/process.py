@@ -18,8 +18,9 @@ from pathlib import Path
 
 from kata_shim.errors import ShimError
 
-# QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors. The files
-# of containers are of any owner, and the guest, which checks who may do what, makes them so (capabilities(7)).
+# QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors. The
+# files of containers are of any owner, and the guest, which checks who may do what, makes them so
+# (capabilities(7)).
 _FOR_FILES = "+chown,+dac_override,+fowner,+fsetid,+mknod,+setfcap"
 SETPRIV = ["setpriv", "--no-new-privs", f"--bounding-set=-all,{_FOR_FILES}", "--inh-caps=-all", "--"]
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h

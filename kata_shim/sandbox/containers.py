@@ -39,7 +39,7 @@ Tell = Callable[[str, "Process"], None]
 
 
 class Process:
-    """A process of a container: `state`, and from its end on `exit_status` and `exited_at` (ns since 1970)."""
+    """A process of a container: `state`; from its end on `exit_status` and `exited_at` (ns since 1970)."""
 
     def __init__(self, container_id: str, exec_id: str, bundle: str, stdio: Stdio) -> None:
         self.bundle = bundle

@@ -44,10 +44,8 @@ class HostNames:
         with suppress(FileNotFoundError):
             owner = os.readlink(link)
             if os.path.isdir(self._sandboxes / owner):
-                raise ShimError(
-                    "already-exists",
-                    f"{self._kind}: {link.name} is already used by sandbox {owner}; it must be unique on the host",
-                )
+                taken = f"{self._kind}: {link.name} is already used by sandbox {owner}"
+                raise ShimError("already-exists", f"{taken}; it must be unique on the host")
             os.unlink(link)
 
     def release(self, name: str) -> None:

@@ -21,8 +21,8 @@ from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.containers import Containers
-from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.guest_kernel import GuestKernel
+from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
