@@ -1,4 +1,4 @@
-"""A container's cgroup, of version 2 (Documentation/admin-guide/cgroup-v2.rst): its use, acts on all of it."""
+"""A container's cgroup, of version 2 (Documentation/admin-guide/cgroup-v2.rst)."""
 
 from __future__ import annotations
 

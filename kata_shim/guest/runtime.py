@@ -108,3 +108,18 @@ class Runtime:
             if status := await child.exited:
                 why = _last_words(log) or f"exit status {status}"
                 raise ShimError("internal", f"{self._program} {words[0]}: {why}")
+
+
+def _take_number(path: str) -> int:
+    with open(path) as file:
+        number = int(file.read())
+    os.unlink(path)
+    return number
+
+
+def _last_words(log: str) -> str:
+    try:
+        with open(log, errors="replace") as file:
+            return file.read()[-2000:].strip().rpartition("\n")[2]
+    except OSError:
+        return ""
