@@ -33,7 +33,7 @@ MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 ti
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
 MAX_PLAIN = 4096  # bytes of a netlink message that goes as it is: more is inflated sooner than read
 SEED_BYTES = 64
-_CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
+CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
 _KATA_EVERYWHERE = ("0.0.0.0", "::1")  # how the Kata agent's netlink.rs lists a route over a gateway
 IFNAME_MOST = 15  # IFNAMSIZ of <linux/if.h> without the NUL
 
@@ -266,8 +266,8 @@ class Agent:
             started = await self.call(GUEST_SERVICE, "StartCommand", request)
         except ShimError as error:
             # What a shell's own status says of a command that cannot be run (POSIX, 2.8.2).
-            if error.code in _CANNOT_RUN:
-                error.attrs["exit_status"] = _CANNOT_RUN[error.code]
+            if error.code in CANNOT_RUN:
+                error.attrs["exit_status"] = CANNOT_RUN[error.code]
             raise
         return _as(started, guest_pb2.StartCommandResponse).command_id
 

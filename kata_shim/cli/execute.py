@@ -54,11 +54,15 @@ def command(arguments: Arguments, argv: list[str]) -> dict[str, Any]:
 
 def attend(connection: client.Connection, method: str, params: dict[str, Any]) -> int:
     """Call what runs a command, its streams joined to ours, and return its status."""
+    return _Pump(connection).run(method, encode(params))
+
+
+def encode(params: dict[str, Any]) -> bytes:
+    """Return the params that say what is to be run as JSON text; raises ShimError."""
     try:
-        text = json.dumps(params, ensure_ascii=False).encode()
+        return json.dumps(params, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise invalid("argv, --env, --cwd: not UTF-8") from None
-    return _Pump(connection).run(method, text)
 
 
 class _Pump:

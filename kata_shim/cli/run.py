@@ -56,12 +56,13 @@ def run(arguments: Arguments) -> int:
     cause = ""
     try:
         if container is not None:
-            from kata_shim.cli.execute import attend
+            from kata_shim.cli.execute import attend, encode
 
-            status = attend(connection, "container.run", container)
-            if arguments.has("--detach"):
-                claimed = None
-            return status
+            if not arguments.has("--detach"):
+                return attend(connection, "container.run", container)
+            connection.call("container.run", encode(container))
+            claimed = None
+            return 0
         cause = _wait(connection)
     except client.CancelledError:
         pass

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
+from kata_shim.agent import CANNOT_RUN
 from kata_shim.contract import oci
 from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.fields import field
@@ -29,7 +31,8 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
         if not rootfs.startswith("/"):
             raise invalid(f"rootfs: {rootfs!a} is not an absolute path")
         spec = oci.default_spec(rootfs, args, env, field(call, "cwd", str, ""), terminal=terminal)
-        await containers.create_of(sandbox.id, spec, "/", (), lambda: _streams(call, terminal=terminal))
+        with _status_of_shells():
+            await containers.create_of(sandbox.id, spec, "/", (), lambda: _streams(call, terminal=terminal))
         if field(call, "detach", bool, False):
             await containers.start(sandbox.id, "")
             return None
@@ -62,12 +65,24 @@ def words(call: Call) -> tuple[list[str], list[str]]:
 async def _attend(containers: Containers, container_id: str, exec_id: str) -> object:
     process = containers.process(container_id, exec_id)
     try:
-        await containers.start(container_id, exec_id)
+        with _status_of_shells():
+            await containers.start(container_id, exec_id)
         await process.exited.wait()
         await process.stdio.drained()
     finally:
         await asyncio.shield(asyncio.ensure_future(_end(containers, process)))
     return {"exit_status": process.exit_status}
+
+
+@contextmanager
+def _status_of_shells() -> Iterator[None]:
+    """Add to an error what a shell's own status says of a command that cannot be run (POSIX, 2.8.2)."""
+    try:
+        yield
+    except ShimError as error:
+        if error.code in CANNOT_RUN:
+            error.attrs["exit_status"] = CANNOT_RUN[error.code]
+        raise
 
 
 async def _end(containers: Containers, process: Process) -> None:

@@ -107,7 +107,16 @@ class Runtime:
             )
             if status := await child.exited:
                 why = _last_words(log) or f"exit status {status}"
-                raise ShimError("internal", f"{self._program} {words[0]}: {why}")
+                raise ShimError(_code(why), f"{self._program} {words[0]}: {why}")
+
+
+def _code(why: str) -> str:
+    """Return what crun's or runc's words mean: of a program to be run they say what execve(2) does."""
+    if "executable file" not in why and "exec" not in why:
+        return "internal"
+    if "No such file" in why or "not found" in why:
+        return "not-found"
+    return "permission-denied" if "ermission denied" in why else "internal"
 
 
 def _take_number(path: str) -> int:
