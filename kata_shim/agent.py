@@ -33,7 +33,7 @@ MAX_ANSWER = 1 << 20  # bytes; decoded, a hostile guest's answer may take 200 ti
 OUTPUT_CHUNK = 256 * 1024  # bytes of a command's output asked for at a time
 MAX_PLAIN = 4096  # bytes of a netlink message that goes as it is: more is inflated sooner than read
 SEED_BYTES = 64
-_CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
+CANNOT_RUN = {"not-found": 127, "permission-denied": 126}
 _KATA_EVERYWHERE = ("0.0.0.0", "::1")  # how the Kata agent's netlink.rs lists a route over a gateway
 IFNAME_MOST = 15  # IFNAMSIZ of <linux/if.h> without the NUL
 
@@ -102,23 +102,23 @@ class Agent:
     async def create_sandbox(self, sandbox_id: str) -> None:
         """Tell the guest whose sandbox it is: hostname and id."""
         request = agent_pb2.CreateSandboxRequest(hostname=sandbox_id, sandbox_id=sandbox_id)
-        await self._call(AGENT_SERVICE, "CreateSandbox", request)
+        await self.call(AGENT_SERVICE, "CreateSandbox", request)
 
     async def set_time(self) -> None:
         """Set the guest's clock to the host's."""
         seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
         request = agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=nanoseconds // 1000)
-        await self._call(AGENT_SERVICE, "SetGuestDateTime", request)
+        await self.call(AGENT_SERVICE, "SetGuestDateTime", request)
 
     async def reseed(self) -> None:
         """Give the guest's random number generator fresh entropy of the host."""
         request = agent_pb2.ReseedRandomDevRequest(data=os.urandom(SEED_BYTES))
-        await self._call(AGENT_SERVICE, "ReseedRandomDev", request)
+        await self.call(AGENT_SERVICE, "ReseedRandomDev", request)
 
     async def update_interface(self, interface: Interface, path: str, timeout: float) -> None:
         """Wait for the NIC at PCI path `path` and bring it to what `interface` says."""
         request = agent_pb2.UpdateInterfaceRequest(interface=_to_interface(interface, path))
-        await self._call(AGENT_SERVICE, "UpdateInterface", request, timeout)
+        await self.call(AGENT_SERVICE, "UpdateInterface", request, timeout)
 
     async def add_route(self, route: Route) -> None:
         """Add one route; a route that is there already is an error, in the kernel's words."""
@@ -145,7 +145,7 @@ class Agent:
         """Make the guest's routes, the kernel's own apart, exactly `routes`; return them as they are."""
         wanted = agent_pb2.Routes(Routes=[_to_route(route) for route in routes])
         request = agent_pb2.UpdateRoutesRequest(routes=wanted)
-        answer = _as(await self._call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes)
+        answer = _as(await self.call(AGENT_SERVICE, "UpdateRoutes", request), agent_pb2.Routes)
         self._over_gateways = [route for route in routes if route.gateway]
         return _from_routes(answer)
 
@@ -202,7 +202,7 @@ class Agent:
         if self._stock:
             return None
         try:
-            return await self._call(GUEST_SERVICE, method, request, timeout)
+            return await self.call(GUEST_SERVICE, method, request, timeout)
         except ShimError as error:
             if error.code != "unimplemented":
                 raise
@@ -210,7 +210,7 @@ class Agent:
             return None
 
     async def _stock_list_routes(self) -> list[Route]:
-        answer = await self._call(AGENT_SERVICE, "ListRoutes", agent_pb2.ListRoutesRequest())
+        answer = await self.call(AGENT_SERVICE, "ListRoutes", agent_pb2.ListRoutesRequest())
         given = list(self._over_gateways)
         routes = []
         for route in _from_routes(_as(answer, agent_pb2.Routes)):
@@ -257,17 +257,17 @@ class Agent:
             # Cancelled while it starts, it runs in the guest all the same, and only the answer tells which.
             command = await starting
             kill = guest_pb2.KillCommandRequest(command_id=command, signal=signal.SIGKILL)
-            await self._call(GUEST_SERVICE, "KillCommand", kill)
+            await self.call(GUEST_SERVICE, "KillCommand", kill)
             await self._wait(command, CALL_TIMEOUT)
             raise
 
     async def _start(self, request: guest_pb2.StartCommandRequest) -> int:
         try:
-            started = await self._call(GUEST_SERVICE, "StartCommand", request)
+            started = await self.call(GUEST_SERVICE, "StartCommand", request)
         except ShimError as error:
             # What a shell's own status says of a command that cannot be run (POSIX, 2.8.2).
-            if error.code in _CANNOT_RUN:
-                error.attrs["exit_status"] = _CANNOT_RUN[error.code]
+            if error.code in CANNOT_RUN:
+                error.attrs["exit_status"] = CANNOT_RUN[error.code]
             raise
         return _as(started, guest_pb2.StartCommandResponse).command_id
 
@@ -286,13 +286,13 @@ class Agent:
 
     async def _wait(self, command: int, timeout: float | None = None) -> int:
         request = guest_pb2.WaitCommandRequest(command_id=command)
-        answer = await self._call(GUEST_SERVICE, "WaitCommand", request, timeout)
+        answer = await self.call(GUEST_SERVICE, "WaitCommand", request, timeout)
         return _as(answer, guest_pb2.WaitCommandResponse).status & 0xFF
 
     async def _drain(self, command: int, stream: guest_pb2.Stream, name: str, output: Output) -> None:
         request = guest_pb2.ReadOutputRequest(command_id=command, stream=stream, len=OUTPUT_CHUNK)
         while True:
-            answer = await self._call(GUEST_SERVICE, "ReadOutput", request, None)
+            answer = await self.call(GUEST_SERVICE, "ReadOutput", request, None)
             data = _as(answer, guest_pb2.ReadOutputResponse).data
             if not data:
                 return
@@ -303,13 +303,13 @@ class Agent:
         try:
             while (data := await stdin()) is not None:
                 request = guest_pb2.WriteStdinRequest(command_id=command, data=data)
-                await self._call(GUEST_SERVICE, "WriteStdin", request, None)
-            await self._call(GUEST_SERVICE, "CloseStdin", guest_pb2.CloseStdinRequest(command_id=command))
+                await self.call(GUEST_SERVICE, "WriteStdin", request, None)
+            await self.call(GUEST_SERVICE, "CloseStdin", guest_pb2.CloseStdinRequest(command_id=command))
         except ShimError:
             while await stdin() is not None:
                 pass
 
-    async def _call(
+    async def call(
         self,
         service: str,
         method: str,

@@ -6,6 +6,7 @@ is therefore not used here.
 
     <root>/sandboxes/<id>/   shim.sock  the shim listens here          lock      taken by who starts a shim
                              shim.log   its stdout and stderr          record.json   what the sandbox owns
+    <root>/containers/<id>   a link to the sandbox of a container that has not its sandbox's own id
     <root>/factory/          zygote.sock   where a process listens, if the factory runs, that forks shims
 """
 
@@ -32,6 +33,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from kata_shim.spawn import Containerd
 
 MAX_LINE = 4 * 1024 * 1024
 MAX_ID = 64
@@ -112,21 +115,45 @@ def remove(root: str, sandbox_id: str) -> None:
 
 
 def resolve(root: str, prefix: str) -> str:
-    """Return the id that is `prefix`, or else the only one that begins with it.
+    """Return the id of the sandbox that `prefix` means, by its own id or by that of a container in it.
 
-    Raises ShimError in the words of the documented system: `Missing container ID`, `no such container ID (x)`
-    and `multiple containers found (x)`.
+    Raises ShimError as `resolve_container`.
+    """
+    return resolve_container(root, prefix)[0]
+
+
+def resolve_container(root: str, prefix: str) -> tuple[str, str]:
+    """Return a sandbox's id, and the id of a container in it, "" if it is the sandbox that is meant.
+
+    `prefix` is an id, or else the beginning of only one. Raises ShimError in the words of the documented
+    system: `Missing container ID`, `no such container ID (x)` and `multiple containers found (x)`.
     """
     if not prefix:
         raise ShimError("invalid-argument", "Missing container ID")
     if is_id(prefix) and check_root(root) and os.path.isdir(sandbox_directory(root, prefix)):
-        return prefix
-    found = [name for name in list_ids(root) if name.startswith(prefix)]
+        return prefix, ""
+    containers = _list_containers(root)
+    if prefix in containers:
+        return containers[prefix], prefix
+    found = [(name, "") for name in list_ids(root) if name.startswith(prefix)]
+    found += [(sandbox, name) for name, sandbox in containers.items() if name.startswith(prefix)]
     if not found:
         raise ShimError("not-found", f"no such container ID ({prefix})")
     if len(found) > 1:
         raise ShimError("failed-precondition", f"multiple containers found ({prefix})")
     return found[0]
+
+
+def _list_containers(root: str) -> dict[str, str]:
+    """Return the containers that have not their sandbox's own id: id -> the sandbox's."""
+    found = {}
+    directory = f"{root}/containers"
+    if check_root(root) and os.path.isdir(directory):
+        for name in os.listdir(directory):
+            sandbox = os.path.basename(os.readlink(f"{directory}/{name}"))
+            if os.path.isdir(sandbox_directory(root, sandbox)):
+                found[name] = sandbox
+    return found
 
 
 class CancelledError(ShimError):
@@ -321,17 +348,23 @@ def cancellation(call_id: int) -> bytes:
 
 
 def connect(
-    root: str, sandbox_id: str, warn: Callable[[str], None] | None = None, *, revive: bool = True
+    root: str,
+    sandbox_id: str,
+    warn: Callable[[str], None] | None = None,
+    *,
+    revive: bool = True,
+    containerd: Containerd | None = None,
 ) -> Connection:
     """Connect to the shim of `sandbox_id`, a full id; with `revive`, start one where none is running.
 
-    Any number of callers at once start one shim. Raises ShimError: `not-found` without such a sandbox,
-    `unavailable` where no shim runs and none is to be started; OSError where it cannot be started.
+    Any number of callers at once start one shim, `containerd`'s if given. Raises ShimError: `not-found`
+    without such a sandbox, `unavailable` where no shim runs and none is to be started; OSError where it
+    cannot be started.
     """
     directory = sandbox_directory(root, sandbox_id)
     sock = _dial(directory)
     if sock is None and revive:
-        sock = _start_shim(root, sandbox_id, directory)
+        sock = _start_shim(root, sandbox_id, directory, containerd)
     if sock is None:
         raise ShimError("unavailable", f"no shim of {sandbox_id} is running")
     return Connection(sock, directory, warn)
@@ -373,7 +406,7 @@ def _at_path(directory: str, name: str, act: Callable[[str], None]) -> None:
         os.close(descriptor)
 
 
-def _start_shim(root: str, sandbox_id: str, directory: str) -> socket | None:
+def _start_shim(root: str, sandbox_id: str, directory: str, containerd: Containerd | None) -> socket | None:
     """Start a shim unless someone else has meanwhile, and return a socket connected to it."""
     from kata_shim.spawn import spawn
 
@@ -386,7 +419,8 @@ def _start_shim(root: str, sandbox_id: str, directory: str) -> socket | None:
         try:
             zygote = _dial_zygote(root)
             try:
-                spawn(root, sandbox_id, f"{directory}/shim.log", listener.fileno(), zygote)
+                log = f"{directory}/shim.log"
+                spawn(root, sandbox_id, log, listener.fileno(), zygote, containerd)
             finally:
                 if zygote is not None:
                     zygote.close()

@@ -25,8 +25,10 @@ from kata_shim.faces.jsonl import Server
 from kata_shim.qemu.process import raise_file_limit
 from kata_shim.sandbox.host import check
 from kata_shim.sandbox.sandbox import Sandbox
+from kata_shim.spawn import Containerd
 
-USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N ID
+USAGE = """usage: containerd-shim-kata-v2 serve --root DIR --listen-fd N
+           [--task-fd N --namespace NS --events PATH] ID
        containerd-shim-kata-v2 check --root DIR [--config FILE]
        containerd-shim-kata-v2 zygote --root DIR --listen-fd N
        containerd-shim-kata-v2 factory init|status|destroy --root DIR [--config FILE] [--format text|json]
@@ -40,9 +42,17 @@ REHEARSALS = 8  # as many calls of a function are followed before CPython makes 
 START_TIMEOUT = 30.0  # seconds; a shim that nobody asks for anything leaves nothing behind
 
 
-async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
+async def serve(
+    root: Path, sandbox_id: str, listener: socket.socket, containerd: Containerd | None = None
+) -> None:
     """Serve one sandbox until it is gone: a new one, or the one whose record stands in its directory."""
     sandbox = Sandbox(root, sandbox_id)
+    tasks = None
+    if containerd is not None:
+        from kata_shim.faces.containerd import Tasks  # only containerd has any use for it
+
+        tasks = Tasks(sandbox, containerd)
+        await tasks.listen()
     server = Server(methods(sandbox))
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,6 +65,8 @@ async def serve(root: Path, sandbox_id: str, listener: socket.socket) -> None:
     # The socket is closed last: as long as it is there nobody starts another shim, to which this one's
     # operations, and its hold on QEMU's monitor, would be unknown.
     await server.finish()
+    if tasks is not None:
+        await tasks.close()
     await sandbox.close()
     await server.close()
     for end in ends:
@@ -93,7 +105,11 @@ def _command(arguments: list[str]) -> Callable[[], int] | None:
         root, config = Path(options["--root"]), options.get("--config", "")
         if command == "serve":
             (sandbox_id,) = rest
-            return partial(_serve, root, check_id(sandbox_id), int(options["--listen-fd"]))
+            containerd = None
+            if "--task-fd" in options:
+                task_fd = int(options["--task-fd"])
+                containerd = Containerd(task_fd, options["--namespace"], options["--events"])
+            return partial(_serve, root, check_id(sandbox_id), int(options["--listen-fd"]), containerd)
         if command == "check" and not rest:
             return partial(_check, root, config)
         if command == "zygote" and not rest:
@@ -119,14 +135,16 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str], list[str]]:
     return command, options, rest
 
 
-def _serve(root: Path, sandbox_id: str, listen_fd: int) -> int:
+def _serve(root: Path, sandbox_id: str, listen_fd: int, containerd: Containerd | None) -> int:
     os.chdir("/")
     raise_file_limit()
     log.setup(sandbox_id)
     listener = socket.socket(fileno=listen_fd)
     os.set_inheritable(listen_fd, False)
+    if containerd is not None:
+        os.set_inheritable(containerd.listener, False)
     gc.freeze()  # what was imported stays: the collector need not walk it again and again
-    asyncio.run(serve(root, sandbox_id, listener))
+    asyncio.run(serve(root, sandbox_id, listener, containerd))
     return 0
 
 

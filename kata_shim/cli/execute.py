@@ -1,4 +1,4 @@
-"""kata-runtime exec: a command in the guest, its stdin, stdout and stderr joined to ours."""
+"""kata-runtime exec: a command in a container or the guest, its stdin, stdout and stderr joined to ours."""
 
 from __future__ import annotations
 
@@ -25,27 +25,44 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def execute(arguments: Arguments) -> int:
-    """Run a command in the guest; the status is its own, 128+n for a signal, 126 or 127 where it cannot run.
+    """Run a command in the container, or the guest where there is none, or with --guest.
 
-    The first signal cancels the command and waits for its end, a second one leaves at once: status 128+n.
+    The status is its own, 128+n for a signal, 126 or 127 where it cannot run. The first signal cancels the
+    command and waits for its end, a second one leaves at once: status 128+n.
     """
-    sandbox_id = client.resolve(arguments.root, arguments.words[0])
+    sandbox_id, container = client.resolve_container(arguments.root, arguments.words[0])
     argv = arguments.words[1:]
     if not argv:
         raise UsageError("which command?")
+    params = command(arguments, argv)
+    if not arguments.has("--guest"):
+        params["container"] = container or None
+    params["guest"] = arguments.has("--guest")
+    return attend(client.connect(arguments.root, sandbox_id, say), "sandbox.exec", params)
+
+
+def command(arguments: Arguments, argv: list[str]) -> dict[str, Any]:
+    """Return the params that say what is to be run; raises UsageError."""
     environment = {}
     for setting in arguments.all("--env"):
         name, equals, value = setting.partition("=")
         if not name or not equals:
             raise UsageError(f"--env: {setting} is not NAME=VALUE")
         environment[name] = value
+    return {"argv": argv, "env": environment, "cwd": arguments.last("--cwd") or None}
+
+
+def attend(connection: client.Connection, method: str, params: dict[str, Any]) -> int:
+    """Call what runs a command, its streams joined to ours, and return its status."""
+    return _Pump(connection).run(method, encode(params))
+
+
+def encode(params: dict[str, Any]) -> bytes:
+    """Return the params that say what is to be run as JSON text; raises ShimError."""
     try:
-        params = json.dumps(
-            {"argv": argv, "env": environment, "cwd": arguments.last("--cwd") or None}, ensure_ascii=False
-        ).encode()
+        return json.dumps(params, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise invalid("argv, --env, --cwd: not UTF-8") from None
-    return _Pump(client.connect(arguments.root, sandbox_id, say)).run(params)
 
 
 class _Pump:
@@ -66,8 +83,8 @@ class _Pump:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
 
-    def run(self, params: bytes) -> int:
-        self._call, request = self._connection.request("sandbox.exec", params)
+    def run(self, method: str, params: bytes) -> int:
+        self._call, request = self._connection.request(method, params)
         self._unsent += request
         self._connection.socket.setblocking(False)
         try:

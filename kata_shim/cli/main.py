@@ -62,9 +62,11 @@ _IFACE = """
 COMMANDS = {
     "run": Command(
         "run:run",
-        "[--detach] [--config FILE] ID",
-        "start a sandbox; without --detach, delete it on SIGINT, SIGTERM or when it stops",
-        flags={"--detach": False, "--config": True},
+        "[--detach] [--config FILE] [--rootfs DIR [--env NAME=VALUE]... [--cwd DIR]] ID [COMMAND...]",
+        """start a sandbox; without --detach, delete it on SIGINT, SIGTERM or when it stops
+  --rootfs DIR   run COMMAND, or /bin/sh, in a container of which DIR is the root file system""",
+        flags={"--detach": False, "--config": True, "--rootfs": True, "--env": True, "--cwd": True},
+        words=(1, None),
     ),
     "list": Command(
         "sandbox:list_all", "[--json]", "list the sandboxes", flags={"--json": False}, words=(0, 0)
@@ -72,9 +74,9 @@ COMMANDS = {
     "state": Command("sandbox:state", "ID", "print a sandbox's state"),
     "exec": Command(
         "execute:execute",
-        "[--env NAME=VALUE]... [--cwd DIR] ID -- COMMAND...",
-        "run a command in the guest",
-        flags={"--env": True, "--cwd": True},
+        "[--env NAME=VALUE]... [--cwd DIR] [--guest] ID -- COMMAND...",
+        "run a command in a container, or in the guest where there is none, or with --guest",
+        flags={"--env": True, "--cwd": True, "--guest": False},
         words=(1, None),
     ),
     "delete": Command(
@@ -219,7 +221,8 @@ def _find_command(tokens: list[str]) -> tuple[str, list[str], str]:
 
 
 def _dispatch(name: str, command: Command, tokens: list[str], root: str) -> int:
-    words, flags = split(tokens, command.flags, command_after=1 if name == "exec" else 0)
+    runs_command = name == "exec" or (name == "run" and any(one.startswith("--rootfs") for one in tokens))
+    words, flags = split(tokens, command.flags, command_after=int(runs_command))
     least, most = command.words
     if most is not None and len(words) > most:
         raise UsageError(f"unexpected argument {words[most]}")

@@ -20,43 +20,74 @@ from kata_shim.errors import ShimError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kata_shim.cli.arguments import Arguments
 
 
 def run(arguments: Arguments) -> int:
     """Start a sandbox; without --detach, stay until it stops or a signal ends it, and delete it then.
 
+    With --rootfs a container runs in it, of whose command streams and status are ours then.
+
     SIGINT, SIGTERM and the guest's power-off are the ordinary end of an attached sandbox: exit status 0; any
     other end is said, and is status 1. Whatever goes wrong before it runs leaves nothing behind.
     """
-    root, sandbox_id = arguments.root, arguments.words[0]
+    root, sandbox_id, *argv = arguments.root, *arguments.words
+    container = _container(arguments, argv)
     config = b"null"
     if arguments.has("--config"):
         text = encode_basestring(os.path.abspath(arguments.last("--config")))
         config = text.encode("utf-8", "backslashreplace")
     signal(SIGTERM, default_int_handler)
-    claimed = client.claim(root, sandbox_id)
+    claimed: os.stat_result | None = client.claim(root, sandbox_id)
     line = ProgressLine()
     try:
         connection = client.connect(root, sandbox_id, line.say)
         connection.call("sandbox.start", b'{"config":%b}' % config, line.show if line.is_shown else None)
     except BaseException:
         line.clear()
+        assert claimed is not None
         _discard(root, sandbox_id, claimed)
         raise
     line.clear()
-    if arguments.has("--detach"):
+    if arguments.has("--detach") and container is None:
         return 0
     cause = ""
     try:
+        if container is not None:
+            from kata_shim.cli.execute import attend, encode
+
+            if not arguments.has("--detach"):
+                return attend(connection, "container.run", container)
+            connection.call("container.run", encode(container))
+            claimed = None
+            return 0
         cause = _wait(connection)
     except client.CancelledError:
         pass
     finally:
-        _discard(root, sandbox_id, claimed)
+        if claimed is not None:
+            _discard(root, sandbox_id, claimed)
     if cause:
         say(f"{sandbox_id} has stopped: {cause}")
     return 1 if cause else 0
+
+
+def _container(arguments: Arguments, argv: list[str]) -> dict[str, Any] | None:
+    """Return what says which container is to be run; None without one."""
+    from kata_shim.cli.arguments import UsageError
+
+    if not arguments.has("--rootfs"):
+        if argv or arguments.has("--env") or arguments.has("--cwd"):
+            raise UsageError("a command needs --rootfs")
+        return None
+    from kata_shim.cli.execute import command
+
+    container = command(arguments, argv or ["/bin/sh"])
+    container["rootfs"] = os.path.abspath(arguments.last("--rootfs"))
+    container["detach"] = arguments.has("--detach")
+    return container
 
 
 def _wait(connection: client.Connection) -> str:

@@ -17,8 +17,7 @@ from kata_shim.contract.interface import (
     render_listed,
 )
 from kata_shim.contract.route import parse_match, parse_route, parse_routes, render_route
-from kata_shim.errors import invalid
-from kata_shim.faces import ipvs
+from kata_shim.faces import containers, ipvs
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
 from kata_shim.sandbox.sandbox import Sandbox
@@ -45,6 +44,7 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
         "kata-network.del-route": commands.del_route,
         "kata-network.list-routes": commands.list_routes,
         "kata-network.update-routes": commands.update_routes,
+        **containers.methods(sandbox),
         **ipvs.methods(sandbox),
     }
 
@@ -82,18 +82,17 @@ class _Commands:
         return None
 
     async def exec(self, call: Call) -> object:
-        argv, env = field(call, "argv", list, []), field(call, "env", dict, {})
-        if not argv or not all(_is_word(word) for word in argv):
-            raise invalid("argv: not an array of one or more strings without NUL")
-        if not all(_is_word(name) and _is_word(value) and name for name, value in env.items()):
-            raise invalid("env: not an object of strings without NUL")
+        argv, env = containers.words(call)
+        if not field(call, "guest", bool, False) and self._sandbox.has_containers:
+            container = field(call, "container", str, "") or self._sandbox.id
+            return await containers.execute(call, await self._sandbox.containers(), container, argv, env)
 
         async def output(stream: str, data: bytes) -> None:
             await call.progress({stream: base64.b64encode(data).decode()})
 
         status = await self._sandbox.exec(
             argv,
-            [f"{name}={value}" for name, value in env.items()],
+            env,
             field(call, "cwd", str, ""),
             call.read_stdin if field(call, "stdin", bool, True) else None,
             output,
@@ -156,7 +155,3 @@ def _parse(call: Call, parser: Callable[[object], tuple[_T, list[str]]]) -> _T:
     value, warnings = parser(call.params)
     call.warnings += warnings
     return value
-
-
-def _is_word(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value

@@ -21,7 +21,6 @@ from kata_shim.spawn import SIGNALS_OF_A_SHELL
 
 PROGRAM = [b"-I", b"-m", b"kata_shim.shim", b"serve"]
 ARGUMENTS = len(PROGRAM)  # the index of "serve", which is the first argument of shim.py's main
-LISTENER = 3  # the descriptor of the listening socket
 # A process cannot take these over from another (/proc/PID/status).
 SAME = (
     *("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),

@@ -297,7 +297,9 @@ class Templates:
 def _seal(directory: Path, identity: Identity, seconds: float) -> None:
     """Keep the template's own files, and say what it was made of and how long that took."""
     for entry in list(directory.iterdir()):
-        if entry.name not in ("memory", "state"):
+        if entry.is_dir():
+            entry.rmdir()
+        elif entry.name not in ("memory", "state"):
             entry.unlink()
     information = {"files": identity.files, "seconds": round(seconds, 3)}
     (directory / _INFORMATION).write_bytes(orjson.dumps(information))

@@ -8,8 +8,8 @@ The wire, on a unix stream socket, one connection a shim (kata_shim/spawn.py is 
             version, the encoding of file names, the number of words of the command line, these words, and
             the environment as KEY=VALUE
   child     "+": it could serve now; or "-" and why it can not, or nothing at all: the caller execs
-  caller    one byte with SCM_RIGHTS: the listening socket, and the log for stdout and stderr
-Without these two descriptors nothing can be served, so there are never two shims, whoever is killed, or gives
+  caller    one byte with SCM_RIGHTS: the log for stdout and stderr, and one or two listening sockets
+Without these descriptors nothing can be served, so there are never two shims, whoever is killed, or gives
 up by closing the connection, whenever it may be. And the caller has lived until it sent them, so what was
 read of its pid (SO_PEERCRED) was its own.
 """
@@ -27,14 +27,17 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from fcntl import F_DUPFD, fcntl
 from typing import NamedTuple, NoReturn
 
 from kata_shim import __version__, log
 from kata_shim.errors import ShimError, invalid
 from kata_shim.factory import likeness
+from kata_shim.spawn import FIRST_LISTENER
 
 READ_TIMEOUT = 1.0  # seconds; a request is written at once
 MAX_REQUEST = 1024 * 1024
+MOST_DESCRIPTORS = 3
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Run = Callable[[list[str]], int]
 _Stamp = tuple[int, int, int]
@@ -223,17 +226,19 @@ def _take_over(connection: socket.socket) -> bool:
     connection.settimeout(None)
     try:
         connection.sendall(b"+")
-        _, received, _, _ = socket.recv_fds(connection, 1, 2)
+        _, received, _, _ = socket.recv_fds(connection, 1, MOST_DESCRIPTORS)
     except (BrokenPipeError, ConnectionResetError):
         return False
-    if len(received) != 2:
+    if len(received) < 2:
         return False
-    listener, output = received
+    output, *listeners = received
     sys.stderr.flush()
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if listener != likeness.LISTENER:
-        os.dup2(listener, likeness.LISTENER)
     connection.detach()
-    os.closerange(likeness.LISTENER + 1, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+    # First out of the way, lest one's number were the place of another.
+    after = FIRST_LISTENER + len(listeners)
+    for place, listener in enumerate([fcntl(one, F_DUPFD, after) for one in listeners], FIRST_LISTENER):
+        os.dup2(listener, place)
+    os.closerange(after, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     return True

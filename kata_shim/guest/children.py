@@ -7,8 +7,8 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from kata_shim.errors import ShimError, invalid
 
@@ -41,13 +41,16 @@ class Children:
         """Take over SIGCHLD. Needs a running loop, in the main thread."""
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, Child] = {}
+        self._adopted: dict[int, asyncio.Future[int]] = {}
+        self._adopting = 0
+        self._ended: dict[int, int] = {}  # orphans that ended while somebody may be about to adopt them
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()
 
     def spawn(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, stdin: bool, stdout: int, stderr: int
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, stdin: int, stdout: int, stderr: int
     ) -> Child:
-        """Start a process in a session of its own; `stdin` says whether it gets a pipe or /dev/null.
+        """Start a process in a session of its own; its streams are given as subprocess.Popen takes them.
 
         Raises `not-found`, `permission-denied` or `invalid-argument`, saying what of it cannot be run.
         """
@@ -59,7 +62,7 @@ class Children:
                 bufsize=0,
                 env=env,
                 cwd=cwd,
-                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
@@ -80,8 +83,9 @@ class Children:
 
     async def run(self, argv: Sequence[str]) -> None:
         """Run a program of the guest's own; raises `internal` with what it wrote to stderr if it fails."""
+        nothing = subprocess.DEVNULL
         child = self.spawn(
-            argv, env=os.environ, cwd="/", stdin=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            argv, env=os.environ, cwd="/", stdin=nothing, stdout=nothing, stderr=subprocess.PIPE
         )
         assert child.process.stderr is not None
         with child.process.stderr as stderr:
@@ -90,6 +94,28 @@ class Children:
             words = (stderr.read(4096) or b"").decode(errors="replace").strip()
         if status:
             raise ShimError("internal", f"{' '.join(argv)}: exit status {status}: {words}")
+
+    @contextmanager
+    def adopting(self) -> Iterator[Callable[[int], asyncio.Future[int]]]:
+        """Yield what takes over a process that a child leaves behind: pid -> its exit code, or 128 + signal.
+
+        It may have ended by then, if only it had not when this was entered.
+        """
+        self._adopting += 1
+        try:
+            yield self._adopt
+        finally:
+            self._adopting -= 1
+            if not self._adopting:
+                self._ended.clear()
+
+    def _adopt(self, pid: int) -> asyncio.Future[int]:
+        exited = self._loop.create_future()
+        if pid in self._ended:
+            exited.set_result(self._ended.pop(pid))
+        else:
+            self._adopted[pid] = exited
+        return exited
 
     def close(self) -> None:
         """Kill what runs, reap it, and give SIGCHLD back."""
@@ -106,11 +132,16 @@ class Children:
                 return
             if not pid:
                 return
+            code = os.waitstatus_to_exitcode(status)
+            exit_status = code if code >= 0 else 128 - code
             if child := self._running.pop(pid, None):
-                code = os.waitstatus_to_exitcode(status)
                 child.process.returncode = code
                 child.survived = _is_group(pid)
-                child.exited.set_result(code if code >= 0 else 128 - code)
+                child.exited.set_result(exit_status)
+            elif adopted := self._adopted.pop(pid, None):
+                adopted.set_result(exit_status)
+            elif self._adopting:
+                self._ended[pid] = exit_status
 
 
 def _is_group(number: int) -> bool:

@@ -6,98 +6,29 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from itertools import count
-from typing import IO
 
 from google.protobuf.empty_pb2 import Empty
 
 from kata_shim.errors import ShimError, invalid
 from kata_shim.guest.children import Child, Children
+from kata_shim.guest.pipe import Pipe, take
 from kata_shim.protos import guest_pb2
 
 MAX_COMMANDS = 256  # of one session
 MAX_CHUNK = 1 << 20  # bytes of output in one answer
 
 
-class _Pipe:
-    """The agent's end of a command's pipe. Nothing is buffered: it is read when the shim asks for it."""
-
-    def __init__(self, fd: int) -> None:
-        os.set_blocking(fd, False)
-        self._fd = fd
-        self._lock = asyncio.Lock()
-        self._waiter: asyncio.Future[None] | None = None
-        self._unwatch: Callable[[], bool] = bool
-
-    @property
-    def closed(self) -> bool:
-        return self._fd < 0
-
-    async def read(self, length: int) -> bytes:
-        """Return what there is, at most so many bytes; wait until there is some; b"" at the end."""
-        async with self._lock:
-            while not self.closed:
-                try:
-                    data = os.read(self._fd, length)
-                except BlockingIOError:
-                    loop = asyncio.get_running_loop()
-                    await self._ready(loop.add_reader, loop.remove_reader)
-                    continue
-                if not data:
-                    self.close()
-                return data
-            return b""
-
-    async def write(self, data: bytes) -> None:
-        """Write all of it. Raises `failed-precondition` when nobody reads any more."""
-        async with self._lock:
-            while data and not self.closed:
-                try:
-                    data = data[os.write(self._fd, data) :]
-                except BlockingIOError:
-                    loop = asyncio.get_running_loop()
-                    await self._ready(loop.add_writer, loop.remove_writer)
-                except BrokenPipeError:
-                    self.close()
-            if data:
-                raise ShimError("failed-precondition", "stdin: the command does not read it any more")
-
-    def close(self) -> None:
-        """Close the end; who waits for it goes on."""
-        if self._waiter is not None:
-            self._wake(self._waiter)
-        if not self.closed:
-            os.close(self._fd)
-        self._fd = -1
-
-    async def _ready(self, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
-        fd, waiter = self._fd, asyncio.get_running_loop().create_future()
-        self._waiter, self._unwatch = waiter, lambda: unwatch(fd)
-        watch(fd, self._wake, waiter)
-        try:
-            await waiter
-        finally:
-            self._wake(waiter)
-
-    def _wake(self, waiter: asyncio.Future[None]) -> None:
-        if self._waiter is waiter:
-            self._waiter = None
-            self._unwatch()
-            if not waiter.done():
-                waiter.set_result(None)
-
-
 class _Command:
     def __init__(self, child: Child) -> None:
         process = child.process
         self.child = child
-        self.stdin = _take(process.stdin) if process.stdin else None
+        self.stdin = take(process.stdin) if process.stdin else None
         assert process.stdout is not None
         assert process.stderr is not None
         self.output = {
-            guest_pb2.STDOUT: _take(process.stdout),
-            guest_pb2.STDERR: _take(process.stderr),
+            guest_pb2.STDOUT: take(process.stdout),
+            guest_pb2.STDERR: take(process.stderr),
         }
         self.waited = False
         self.killed = False
@@ -146,7 +77,7 @@ class Commands:
             list(request.argv),
             env=env,
             cwd=request.cwd or "/",
-            stdin=request.stdin,
+            stdin=subprocess.PIPE if request.stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -197,7 +128,7 @@ class Commands:
             raise ShimError("not-found", f"command_id: there is no command {command_id}")
         return command
 
-    def _stdin(self, command_id: int) -> _Pipe:
+    def _stdin(self, command_id: int) -> Pipe:
         pipe = self._find(command_id).stdin
         if pipe is None:
             raise ShimError("failed-precondition", f"stdin: command {command_id} was started without it")
@@ -207,8 +138,3 @@ class Commands:
         if command.done:
             self._commands.pop(command_id, None)
             command.close()
-
-
-def _take(stream: IO[bytes]) -> _Pipe:
-    with stream:
-        return _Pipe(os.dup(stream.fileno()))

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from google.protobuf.empty_pb2 import Empty
 
 from kata_shim import __version__
-from kata_shim.errors import ShimError, invalid
-from kata_shim.guest import system
+from kata_shim.errors import invalid
+from kata_shim.guest import storage, system
 from kata_shim.guest.children import Children
 from kata_shim.guest.commands import Commands
+from kata_shim.guest.containers import Containers
 from kata_shim.guest.identity import Identity
 from kata_shim.guest.network import Interfaces
 from kata_shim.guest.relay import Relays
@@ -24,6 +25,11 @@ from kata_shim.protos.services import AGENT_SERVICE, GUEST_SERVICE, HEALTH_SERVI
 from kata_shim.ttrpc.server import Server
 
 _AF_INET, _AF_INET6 = 2, 10
+OF_CONTAINERS = (
+    *("create_container", "start_container", "remove_container", "exec_process", "signal_process"),
+    *("wait_process", "update_container", "stats_container", "pause_container", "resume_container"),
+    *("write_stdin", "read_stdout", "read_stderr", "close_stdin", "tty_win_resize", "get_oom_event"),
+)
 
 
 class Agent:
@@ -33,6 +39,7 @@ class Agent:
         self.netlink = netlink
         self.interfaces = Interfaces(netlink, monitor)
         self.children = children
+        self.containers = Containers(children, "crun")
         self.identity = Identity()
         self.sandbox_id = ""
 
@@ -73,10 +80,13 @@ class _Agent:
         self._agent = agent
         self._netlink = agent.netlink
         self._stop = stop
+        for name in OF_CONTAINERS:
+            setattr(self, name, getattr(agent.containers, name))
 
     async def create_sandbox(self, request: agent_pb2.CreateSandboxRequest) -> Empty:
-        if request.storages:
-            raise ShimError("unimplemented", "storages: this agent mounts none")
+        for one in request.storages:
+            storage.attach(one)
+        self._agent.containers.hook_path = request.guest_hook_path
         for module in request.kernel_modules:
             await self._agent.children.run(["modprobe", "--", module.name, *module.parameters])
         if request.hostname:
@@ -88,6 +98,10 @@ class _Agent:
     async def destroy_sandbox(self, _: agent_pb2.DestroySandboxRequest) -> Empty:
         os.sync()
         self._stop()
+        return Empty()
+
+    async def online_cpu_mem(self, request: agent_pb2.OnlineCPUMemRequest) -> Empty:
+        system.online(request.nb_cpus, memory=not request.cpu_only)
         return Empty()
 
     async def get_guest_details(

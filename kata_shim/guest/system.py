@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import os
 import socket
 import time
@@ -14,6 +15,7 @@ from kata_shim.errors import ShimError, invalid
 
 _RNDRESEEDCRNG = 0x5207  # include/uapi/linux/random.h
 _REBOOT_CMD_POWER_OFF = 0x4321FEDC  # include/uapi/linux/reboot.h
+_CPUS = "/sys/devices/system/cpu"
 _MEMORY = "/sys/devices/system/memory"
 _FIRST = -5  # nice(2)
 MACHINE_ID = "/etc/machine-id"
@@ -90,6 +92,23 @@ def memory_block_size() -> int:
 def has_memory_probe() -> bool:
     """Tell whether the kernel has to be told of new memory through its probe file."""
     return os.path.exists(f"{_MEMORY}/probe")
+
+
+def online(cpus: int, *, memory: bool) -> None:
+    """Bring so many processors that were hot-plugged online, and all memory that was."""
+    for path in sorted(glob.glob(f"{_CPUS}/cpu[0-9]*/online"))[: cpus or None]:
+        _turn_on(path)
+    if memory:
+        for path in glob.glob(f"{_MEMORY}/memory*/state"):
+            _turn_on(path, "online_movable", "online")
+
+
+def _turn_on(path: str, value: str = "1", already: str = "1") -> None:
+    with open(path) as file:
+        if file.read().strip() == already:
+            return
+    with open(path, "w") as file:
+        file.write(value)
 
 
 def power_off() -> None:

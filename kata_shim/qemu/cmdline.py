@@ -8,6 +8,7 @@ from kata_shim.qemu.devices import Device, ListeningSocket, Value, escape, keyva
 from kata_shim.qemu.topology import FIXED_SLOTS, Topology
 
 AGENT_PORT = "agent.channel.0"
+SHARED_TAG = "kataShared"  # the Kata runtime's
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 # Emulated RDRAND asks the host each time and la57 lengthens every page walk: a sixth of the boot together.
@@ -22,7 +23,8 @@ class MachineSpec:
     `default_memory` is in MiB. The three `*_fd` are listening unix sockets that QEMU inherits by number;
     `agent_fd` -1 leaves the virtio-serial channel out (vsock instead: `guest_cid` above 2). `memory_path` is
     a file of that size that holds the guest's memory; without one it is a memfd if `shared_memory`, else
-    QEMU's own. A machine that is `incoming` waits for its saved state and does not boot.
+    QEMU's own. `shared_directory` is the guest's 9p file system SHARED_TAG. A machine that is `incoming`
+    waits for its saved state and does not boot.
     """
 
     name: str
@@ -45,6 +47,7 @@ class MachineSpec:
     entropy_source: str = "/dev/urandom"
     shared_memory: bool = True
     memory_path: str = ""
+    shared_directory: str = ""
     incoming: bool = False
     enable_debug: bool = False
 
@@ -139,4 +142,9 @@ def _channels(spec: MachineSpec) -> list[str]:
 def _devices(spec: MachineSpec) -> list[str]:
     argv = ["-object", f"rng-random,id=entropy,filename={escape(spec.entropy_source)}"]
     argv += Device("virtio-rng-pci", "rng", {"addr": FIXED_SLOTS["rng"], "rng": "entropy"}).argv
+    files: dict[str, Value] = {"id": "shared", "path": spec.shared_directory, "security_model": "passthrough"}
+    # Several file systems meet in there; two files must not seem the same one.
+    argv += ["-fsdev", keyval("local", {**files, "multidevs": "remap"})]
+    share: dict[str, Value] = {"addr": FIXED_SLOTS["shared"], "fsdev": "shared", "mount_tag": SHARED_TAG}
+    argv += Device("virtio-9p-pci", "shared-files", share).argv
     return [*argv, *Device("vmgenid", "generation", {"guid": "auto"}).argv]

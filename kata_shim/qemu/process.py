@@ -18,8 +18,11 @@ from pathlib import Path
 
 from kata_shim.errors import ShimError
 
-# QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors.
-SETPRIV = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]
+# QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors. The
+# files of containers are of any owner, and the guest, which checks who may do what, makes them so
+# (capabilities(7)).
+_FOR_FILES = "+chown,+dac_override,+fowner,+fsetid,+mknod,+setfcap"
+SETPRIV = ["setpriv", "--no-new-privs", f"--bounding-set=-all,{_FOR_FILES}", "--inh-caps=-all", "--"]
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42  # linux/prctl.h
 LAST_WORDS_BYTES = 4096

@@ -15,7 +15,7 @@ MAX_ROOT_PORTS = 25
 MAX_BRIDGES = 5
 DEVICES_PER_BRIDGE = 25
 # Both machine types keep their own devices in slots 0, 1 and 1f; ports and bridges end below 0x10.
-FIXED_SLOTS = {"serial": "10.0", "rng": "11.0", "vsock": "12.0"}
+FIXED_SLOTS = {"serial": "10.0", "rng": "11.0", "vsock": "12.0", "shared": "13.0"}
 FIRST_PORT_SLOT = 1
 FIRST_BRIDGE_SLOT = 2
 

@@ -19,7 +19,7 @@ from kata_shim.contract.interface import Interface, render_failed_delete
 from kata_shim.contract.route import Route, RouteMatch
 from kata_shim.errors import ShimError, invalid
 from kata_shim.qemu.monitor import run_to_end
-from kata_shim.sandbox.devices import HostDevices
+from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.record import Nic, Record, RecordFile
 from kata_shim.vm.machine import Machine
 
@@ -38,7 +38,7 @@ class Network:
     """kata-network's operations on one running sandbox."""
 
     def __init__(
-        self, machine: Machine, record: Record, file: RecordFile, devices: HostDevices, announce: Announce
+        self, machine: Machine, record: Record, file: RecordFile, devices: HostNames, announce: Announce
     ) -> None:
         self._machine = machine
         self._record = record

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kata_shim import log
 from kata_shim.agent import Input, Output
+from kata_shim.agent_containers import Containers as GuestContainers
 from kata_shim.config import Config, find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
@@ -19,13 +20,15 @@ from kata_shim.factory.launch import Launch
 from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.sandbox import preconditions
-from kata_shim.sandbox.devices import HostDevices
+from kata_shim.sandbox.containers import Containers
 from kata_shim.sandbox.guest_kernel import GuestKernel
+from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
-from kata_shim.vm.machine import Machine, Step
+from kata_shim.sandbox.shares import Shares
+from kata_shim.vm.machine import SHARED, Machine, Step
 
 ASKED_TIMEOUT = 2.0  # seconds between a shim's first breath and the start its starter asks for
 MAX_WATCHED = 1024  # events that wait for a watcher who does not read
@@ -43,11 +46,13 @@ class Sandbox:
             sandbox_id, "", datetime.now(UTC).isoformat(timespec="seconds"), str(uuid.uuid4())
         )
         self._file = RecordFile(self.directory / "record.json", self._render)
-        self._devices = HostDevices(root, sandbox_id)
+        self._devices = HostNames(root, "device", sandbox_id)
+        self._container_names = HostNames(root, "container", sandbox_id)
         self._accelerators = root / "accelerator.json"
         self._machine: Machine | None = None
         self._network: Network | None = None
         self._ipvs: Ipvs | None = None
+        self._containers: Containers | None = None
         self._trouble: ShimError | None = None  # why a QEMU that runs could not be taken over
         self._starting = False
         self._asked = asyncio.Event()
@@ -108,7 +113,7 @@ class Sandbox:
         machine = self._machine = await launch.run(self.id, self.record.uuid, started, step)
         self.record.uuid, self.record.source = launch.uuid, launch.source
         self.record.accelerator = machine.accelerator
-        self._run(machine)
+        self._run(machine, settings)
         await self._file.save()
         log.info(
             "the sandbox runs", pid=self.record.pid, accelerator=machine.accelerator, source=launch.source
@@ -168,7 +173,7 @@ class Sandbox:
             if error.code != "not-found":
                 raise
             raise ShimError("not-found", f"QEMU ended while no shim watched: {machine.cause()}") from None
-        self._run(machine)
+        self._run(machine, settings)
         assert self._network is not None
         assert self._ipvs is not None
         await asyncio.gather(self._network.reconcile(), self._ipvs.reconcile())
@@ -179,15 +184,27 @@ class Sandbox:
         self.lifecycle.stop(cause)
         self._stopped.set()
 
-    def _run(self, machine: Machine) -> None:
+    def _run(self, machine: Machine, settings: Config) -> None:
         self._network = Network(machine, self.record, self._file, self._devices, self.announce)
         self._ipvs = Ipvs(GuestKernel(machine.agent), self.directory / "ipvs-before")
+        self._containers = Containers(
+            self.id,
+            GuestContainers(machine.agent),
+            Shares(self.directory / SHARED),
+            self._container_names,
+            lambda: self.record.pid,
+            msize=settings.hypervisor.msize_9p,
+            seccomp=not settings.runtime.disable_guest_seccomp,
+            hook_path=settings.hypervisor.guest_hook_path,
+        )
         self.lifecycle.state = "running"
         self._spawn(self._watch_machine(machine))
         self.announce("state", state="running")
 
     async def _watch_machine(self, machine: Machine) -> None:
         cause = await asyncio.shield(machine.gone)
+        assert self._containers is not None
+        self._containers.machine_ended()
         if self.lifecycle.state != "deleting":
             self._stop(cause)
             self.announce("state", state="stopped", cause=cause)
@@ -222,7 +239,11 @@ class Sandbox:
             await self._machine.kill()
         await self._kill_strays()
         await self._file.close()
+        if self._containers is not None:
+            await self._containers.close()
+        Shares(self.directory / SHARED).release_all()
         self._devices.release_all_but(set())
+        self._container_names.release_all_but(set())
         await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
         log.info("the sandbox is gone")
         self.announce("state", state="deleted")
@@ -278,6 +299,23 @@ class Sandbox:
         self.lifecycle.require("network")
         assert self._network is not None
         return self._network
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether somebody has asked for a start, or an earlier shim's sandbox was taken over."""
+        return self._asked.is_set()
+
+    @property
+    def has_containers(self) -> bool:
+        """Whether a container is left."""
+        return bool(self._containers)
+
+    async def containers(self) -> Containers:
+        """Return the sandbox's containers, also once it has stopped."""
+        await self.ready()
+        if self._containers is None:
+            raise ShimError("not-found", f"sandbox {self.id} is {self.lifecycle.state}: it has no containers")
+        return self._containers
 
     async def ipvs(self) -> Ipvs:
         """Return kata-ipvs's operations; raises ShimError `failed-precondition` unless it runs."""

@@ -28,6 +28,7 @@ from kata_shim.vm.nics import Nics
 from kata_shim.vm.spec import describe, guest_cid, topology
 
 SOCKETS = ("qmp", "console", "agent")
+SHARED = "shared"  # the directory that the guest sees
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
 REHEARSALS = 16  # after eight calls of a function CPython begins to make its code faster
 END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
@@ -62,6 +63,7 @@ class Machine:
         self.monitor: Monitor
         self.agent: Agent
         self._log = directory / "qemu.log"
+        self._directory_path = directory
         # A socket's path is at most 107 bytes long; by way of this descriptor any directory is near enough.
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._near = Path(f"/proc/self/fd/{self._directory}")
@@ -228,7 +230,10 @@ class Machine:
         listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
         fds = {name: listener.fileno() for name, listener in listeners.items()}
         spec = replace(spec, qmp_fd=fds["qmp"], console_fd=fds["console"], guest_cid=cid)
-        spec = replace(spec, agent_fd=fds.get("agent", -1))
+        (self._near / SHARED).mkdir(mode=0o700, exist_ok=True)
+        spec = replace(
+            spec, agent_fd=fds.get("agent", -1), shared_directory=f"{self._directory_path}/{SHARED}"
+        )
         try:
             self.process = spawn(
                 cmdline.build(spec),

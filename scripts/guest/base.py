@@ -14,7 +14,7 @@ from guest.debian import MERGED, BuildError
 from guest.tree import Tree, needed_libraries
 
 PACKAGES = [
-    *("linux-image-amd64", "busybox", "conntrack", "iproute2", "ipvsadm", "python3.11-minimal"),
+    *("linux-image-amd64", "busybox", "conntrack", "crun", "iproute2", "ipvsadm", "python3.11-minimal"),
     *(
         "libpython3.11-minimal",
         "libpython3.11-stdlib",
@@ -35,11 +35,21 @@ PACKAGES = [
         "libnl-3-200",
         "libnl-genl-3-200",
     ),
+    *(
+        "libgcrypt20",
+        "libgpg-error0",
+        "liblz4-1",
+        "liblzma5",
+        "libseccomp2",
+        "libsystemd0",
+        "libyajl2",
+        "libzstd1",
+    ),
     *("libpcre2-8-0", "libpopt0", "libselinux1", "libstdc++6", "libxtables12", "zlib1g"),
 ]
 PROGRAMS = [
     *("usr/bin/busybox", "usr/bin/python3.11", "usr/bin/ip", "usr/sbin/bridge", "usr/sbin/tc"),
-    *("usr/sbin/ipvsadm", "usr/sbin/conntrack"),
+    *("usr/sbin/ipvsadm", "usr/sbin/conntrack", "usr/bin/crun"),
 ]
 STDLIB = "usr/lib/python3.11/"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"

@@ -33,7 +33,7 @@ async def sandbox(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
 
 async def call(sandbox: Live, method: str, request: Message) -> Any:
     """Call the agent as the shim does."""
-    return await sandbox.machine.agent._call(AGENT_SERVICE, method, request)
+    return await sandbox.machine.agent.call(AGENT_SERVICE, method, request)
 
 
 async def test_details(sandbox: Live) -> None:

@@ -1,4 +1,10 @@
-"""Host-wide reservation of the names that add-iface's `device` takes: unique on the host, as documented."""
+"""Names that are unique on the host, and the sandboxes that have them.
+
+    <root>/devices/<device>           what add-iface's `device` has taken, as documented
+    <root>/containers/<container id>  a container that has not its sandbox's own id; the CLI finds it here
+
+Each is a symlink to the sandbox's id.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +18,21 @@ from kata_shim import log
 from kata_shim.errors import ShimError
 
 
-class HostDevices:
-    """The `device` names that one sandbox holds: `<root>/devices/<device>`, a symlink to the sandbox's id."""
+class HostNames:
+    """The names of one kind, "device" or "container", that one sandbox has."""
 
-    def __init__(self, root: Path, sandbox_id: str) -> None:
-        self._directory = root / "devices"
+    def __init__(self, root: Path, kind: str, sandbox_id: str) -> None:
+        self._kind = kind
+        self._directory = root / f"{kind}s"
         self._sandboxes = root / "sandboxes"
         self._id = sandbox_id
 
-    def claim(self, device: str) -> None:
-        """Take `device` for this sandbox; raises ShimError `already-exists` naming the sandbox that has it.
+    def claim(self, name: str) -> None:
+        """Take `name` for this sandbox; raises ShimError `already-exists` naming the sandbox that has it.
 
         The claim of a sandbox that is gone is taken over. Raises `resource-exhausted` when the root is full.
         """
-        link = self._directory / device
+        link = self._directory / name
         try:
             with self._locked():
                 self._refuse_taken(link)
@@ -37,29 +44,27 @@ class HostDevices:
         with suppress(FileNotFoundError):
             owner = os.readlink(link)
             if os.path.isdir(self._sandboxes / owner):
-                raise ShimError(
-                    "already-exists",
-                    f"device: {link.name} is already used by sandbox {owner}; it must be unique on the host",
-                )
+                taken = f"{self._kind}: {link.name} is already used by sandbox {owner}"
+                raise ShimError("already-exists", f"{taken}; it must be unique on the host")
             os.unlink(link)
 
-    def release(self, device: str) -> None:
-        """Give `device` back; what this sandbox does not hold is left alone."""
-        link = self._directory / device
+    def release(self, name: str) -> None:
+        """Give `name` back; what this sandbox does not hold is left alone."""
+        link = self._directory / name
         try:
             with self._locked(), suppress(FileNotFoundError):
                 if os.readlink(link) == self._id:
                     os.unlink(link)
         except OSError as error:
             # The claim of a sandbox that is gone binds nobody, and the next shim's look drops this one.
-            log.warning("a device's name could not be given back", device=device, error=error.strerror)
+            log.warning("a name could not be given back", kind=self._kind, name=name, error=error.strerror)
 
-    def release_all_but(self, devices: set[str]) -> None:
-        """Give back every name this sandbox holds that is not in `devices`: after a crash, and at its end."""
+    def release_all_but(self, names: set[str]) -> None:
+        """Give back every name this sandbox holds that is not in `names`: after a crash, and at its end."""
         if not self._directory.is_dir():
             return
         for link in self._directory.iterdir():
-            if link.name not in devices:
+            if link.name not in names:
                 self.release(link.name)
 
     @contextmanager

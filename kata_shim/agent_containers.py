@@ -1,0 +1,164 @@
+"""The agent's calls on containers, the shim's end, one method per call. The guest's answers are untrusted."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from kata_shim.agent import Agent
+from kata_shim.errors import invalid
+from kata_shim.protos import agent_pb2, oci_pb2
+from kata_shim.protos.services import AGENT_SERVICE
+
+RUNTIME_TIMEOUT = 60.0  # seconds for what takes a process in the guest
+CHUNK = 256 * 1024  # bytes asked for at a time
+
+_M = TypeVar("_M", bound=Message)
+
+
+class Containers:
+    """The containers in one guest."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def share(self, sandbox_id: str, tag: str, directory: str, options: list[str], **more: Any) -> None:
+        """Have the guest mount the machine's 9p file system `tag`."""
+        storage = agent_pb2.Storage(
+            driver="9p", source=tag, fstype="9p", mount_point=directory, options=options
+        )
+        request = agent_pb2.CreateSandboxRequest(
+            hostname=sandbox_id, sandbox_id=sandbox_id, storages=[storage], **more
+        )
+        await self._call("CreateSandbox", request, RUNTIME_TIMEOUT)
+
+    async def create(self, container_id: str, spec: dict[str, Any], *, sandbox_pidns: bool) -> None:
+        """Create a container, up to where its first process, of the same exec id, would begin."""
+        request = agent_pb2.CreateContainerRequest(
+            container_id=container_id,
+            exec_id=container_id,
+            OCI=from_json(oci_pb2.Spec, spec, "config.json"),
+            sandbox_pidns=sandbox_pidns,
+        )
+        await self._call("CreateContainer", request, RUNTIME_TIMEOUT)
+
+    async def start(self, container_id: str) -> None:
+        """Let the first process begin."""
+        request = agent_pb2.StartContainerRequest(container_id=container_id)
+        await self._call("StartContainer", request, RUNTIME_TIMEOUT)
+
+    async def exec(self, container_id: str, exec_id: str, process: dict[str, Any]) -> None:
+        """Start one more process."""
+        request = agent_pb2.ExecProcessRequest(
+            container_id=container_id,
+            exec_id=exec_id,
+            process=from_json(oci_pb2.Process, process, "process"),
+        )
+        await self._call("ExecProcess", request, RUNTIME_TIMEOUT)
+
+    async def signal(self, container_id: str, exec_id: str, number: int) -> None:
+        """Send a signal to a process, or with "" to all of the container."""
+        request = agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
+        await self._call("SignalProcess", request)
+
+    async def wait(self, container_id: str, exec_id: str) -> int:
+        """Wait for a process's end; return its exit code, or 128 + signal."""
+        request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        answer = await self._call("WaitProcess", request, None)
+        assert isinstance(answer, agent_pb2.WaitProcessResponse)
+        return answer.status & 0xFF
+
+    async def remove(self, container_id: str) -> None:
+        """Kill what is left of a container, and forget it."""
+        request = agent_pb2.RemoveContainerRequest(container_id=container_id)
+        await self._call("RemoveContainer", request, RUNTIME_TIMEOUT)
+
+    async def update(self, container_id: str, resources: dict[str, Any]) -> None:
+        """Change a container's limits."""
+        limits = from_json(oci_pb2.LinuxResources, resources, "resources")
+        request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=limits)
+        await self._call("UpdateContainer", request, RUNTIME_TIMEOUT)
+
+    async def stats(self, container_id: str) -> agent_pb2.CgroupStats:
+        """Return what a container uses."""
+        request = agent_pb2.StatsContainerRequest(container_id=container_id)
+        answer = await self._call("StatsContainer", request)
+        assert isinstance(answer, agent_pb2.StatsContainerResponse)
+        return answer.cgroup_stats
+
+    async def pause(self, container_id: str) -> None:
+        """Freeze all processes."""
+        await self._call("PauseContainer", agent_pb2.PauseContainerRequest(container_id=container_id))
+
+    async def resume(self, container_id: str) -> None:
+        """Let all processes go on."""
+        await self._call("ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=container_id))
+
+    async def read(self, stream: str, container_id: str, exec_id: str) -> bytes:
+        """Return what a process wrote to "stdout" or "stderr"; waits for it; b"" at the end."""
+        request = agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=CHUNK)
+        answer = await self._call(f"Read{stream.capitalize()}", request, None)
+        assert isinstance(answer, agent_pb2.ReadStreamResponse)
+        return answer.data
+
+    async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
+        """Write to a process's stdin; returns when it is taken."""
+        request = agent_pb2.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
+        await self._call("WriteStdin", request, None)
+
+    async def close_stdin(self, container_id: str, exec_id: str) -> None:
+        """Close a process's stdin."""
+        request = agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
+        await self._call("CloseStdin", request)
+
+    async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
+        """Set the size of a process's terminal."""
+        request = agent_pb2.TtyWinResizeRequest(
+            container_id=container_id, exec_id=exec_id, row=rows, column=columns
+        )
+        await self._call("TtyWinResize", request)
+
+    async def oom_event(self) -> str:
+        """Return the next container of which the guest's kernel has killed a process for want of memory."""
+        answer = await self._call("GetOOMEvent", agent_pb2.GetOOMEventRequest(), None)
+        assert isinstance(answer, agent_pb2.OOMEvent)
+        return answer.container_id
+
+    async def _call(self, method: str, request: Message, timeout: float | None = 15.0) -> Message:
+        return await self._agent.call(AGENT_SERVICE, method, request, timeout)
+
+
+def from_json(kind: type[_M], value: object, where: str) -> _M:
+    """Return a message, its fields taken by their names from JSON; what it has no field for is left out.
+
+    Raises ShimError `invalid-argument` that names the field.
+    """
+    if not isinstance(value, dict):
+        raise invalid(f"{where}: not an object")
+    message = kind()
+    for field in kind.DESCRIPTOR.fields:
+        given = value.get(field.name)
+        if given is None:
+            continue
+        place = f"{where}: {field.name}"
+        try:
+            _set(message, field.name, field.message_type, given, place)
+        except (TypeError, ValueError, AttributeError):
+            raise invalid(f"{place}: {str(given)[:80]!a} is not of its type") from None
+    return message
+
+
+def _set(message: Message, name: str, kind: Any, given: Any, place: str) -> None:
+    if kind is None:
+        if isinstance(given, list):
+            getattr(message, name).extend(given)
+        else:
+            setattr(message, name, given)
+    elif kind.GetOptions().map_entry:
+        getattr(message, name).update({key: str(one) for key, one in given.items()})
+    elif isinstance(given, list):
+        getattr(message, name).extend(from_json(GetMessageClass(kind), one, place) for one in given)
+    else:
+        getattr(message, name).CopyFrom(from_json(GetMessageClass(kind), given, place))

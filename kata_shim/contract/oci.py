@@ -1,0 +1,181 @@
+"""An OCI bundle's config.json, made into one for the guest, as the Kata runtime does it. Pure.
+
+The guest has devices, control groups and networks of its own; of the host's it sees only what is shared with
+it. Names: github.com/opencontainers/runtime-spec, config.md and config-linux.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kata_shim.errors import invalid
+
+_NOT_IN_THE_GUEST = frozenset({"network", "cgroup", "user", "time"})  # namespaces
+_KEPT_RESOURCES = frozenset({"memory", "cpu"})
+_OF_THE_HOSTS_PROCESSORS = ("cpus", "mems")
+_OF_THE_SYSTEM = ("/proc", "/sys", "/dev")  # the guest has its own below these
+_SHM = "/dev/shm"
+_PROPAGATION = frozenset(
+    {"private", "rprivate", "shared", "rshared", "slave", "rslave", "unbindable", "runbindable"}
+)
+
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SAFE = ("nosuid", "noexec", "nodev")
+_PTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
+_CAPABILITIES = [
+    f"CAP_{name}"
+    for name in (
+        *("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP"),
+        *("SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
+    )
+]
+_MASKED = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/sys/firmware"]
+_READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+
+Json = dict[str, Any]
+Share = Callable[[str, bool], str]  # a path of the host's, and whether to be read only -> the guest's path
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What a shim has to know of a config.json."""
+
+    spec: Json
+    rootfs: str  # where it lies, from the bundle's directory
+    readonly: bool
+
+    @property
+    def hooks(self) -> Json:
+        """The hooks, which are the host's business."""
+        return _object(self.spec, "hooks")
+
+
+def default_spec(rootfs: str, args: list[str], env: list[str], cwd: str, *, terminal: bool) -> Json:
+    """Return the config.json of a container that was given no more than that.
+
+    Its rights are those that container engines give by default (moby's profile of capabilities).
+    """
+    system = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": [*_SAFE[:1], "mode=755"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": _PTS},
+        {"destination": _SHM, "type": "tmpfs", "source": "shm", "options": [*_SAFE, "mode=1777"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": [*_SAFE]},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_SAFE, "ro"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*_SAFE, "ro"]},
+    ]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": terminal,
+            "user": {"uid": 0, "gid": 0},
+            "args": args,
+            "env": [_PATH, *env],
+            "cwd": cwd or "/",
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _CAPABILITIES),
+            "noNewPrivileges": True,
+        },
+        "root": {"path": rootfs},
+        "mounts": system,
+        "linux": {"maskedPaths": _MASKED, "readonlyPaths": _READ_ONLY},
+    }
+
+
+def read(spec: object) -> Bundle:
+    """Check what is used of a config.json; raises ShimError `invalid-argument` that names the field."""
+    if not isinstance(spec, dict):
+        raise invalid("config.json: not an object")
+    process, root = _object(spec, "process"), _object(spec, "root")
+    arguments = process.get("args")
+    if not isinstance(arguments, list) or not arguments:
+        raise invalid("config.json: process.args: missing")
+    return Bundle(spec, str(root.get("path") or "rootfs"), bool(root.get("readonly")))
+
+
+def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[Json, bool]:
+    """Return the specification for the guest, and whether its processes share the pod's PIDs.
+
+    `rootfs` is the guest's path of the root file system; `share` is called for each mount that is the host's.
+    """
+    spec = bundle.spec
+    process = {
+        name: value
+        for name, value in _object(spec, "process").items()
+        if name not in ("apparmorProfile", "selinuxLabel")
+    }
+    linux = _object(spec, "linux")
+    namespaces, shares_pids = _namespaces(linux.get("namespaces") or [])
+    adapted: Json = {
+        "ociVersion": str(spec.get("ociVersion", "1.0.2")),
+        "process": process,
+        "root": {"path": rootfs, "readonly": bundle.readonly},
+        "hostname": str(spec.get("hostname") or ""),
+        "annotations": _object(spec, "annotations"),
+        "mounts": [made for mount in spec.get("mounts") or [] if (made := _mount(mount, share))],
+        "linux": {
+            "namespaces": namespaces,
+            "resources": resources(_object(linux, "resources")),
+            **{
+                name: linux[name]
+                for name in ("sysctl", "maskedPaths", "readonlyPaths", "rootfsPropagation")
+                if linux.get(name)
+            },
+        },
+    }
+    if seccomp and linux.get("seccomp"):
+        adapted["linux"]["seccomp"] = linux["seccomp"]
+    return adapted, shares_pids
+
+
+def resources(given: Json) -> Json:
+    """Return the limits that hold in the guest; processors and devices of the host mean nothing there."""
+    kept = {name: dict(value) for name, value in given.items() if name in _KEPT_RESOURCES and value}
+    for name in _OF_THE_HOSTS_PROCESSORS:
+        kept.get("cpu", {}).pop(name, None)
+    return kept
+
+
+def _namespaces(given: list[Json]) -> tuple[list[Json], bool]:
+    kept = [{"type": one["type"]} for one in given if one.get("type") not in _NOT_IN_THE_GUEST]
+    shares_pids = any(one.get("type") == "pid" and one.get("path") for one in given)
+    # Without one of its own it would have the guest's: the agent's, and every other container's.
+    for name in ("pid", "mount", "ipc", "uts"):
+        if {"type": name} not in kept:
+            kept.append({"type": name})
+            shares_pids = shares_pids or name == "pid"
+    return kept, shares_pids
+
+
+def _mount(mount: Json, share: Share) -> Json | None:
+    destination, options = str(mount.get("destination", "")), [str(one) for one in mount.get("options") or []]
+    if not destination.startswith("/"):
+        raise invalid(f"config.json: mounts: destination: {destination!a} is not absolute")
+    is_bind = mount.get("type") == "bind" or "bind" in options or "rbind" in options
+    if destination == _SHM and is_bind:
+        kept = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]
+        return {"destination": _SHM, "type": "tmpfs", "source": "shm", "options": kept}
+    if not is_bind:
+        return {**mount, "options": options}
+    source = str(mount.get("source", ""))
+    if not source.startswith("/") or "\0" in source:
+        raise invalid(f"config.json: mounts: {destination}: source: {source!a} is not absolute")
+    if any(f"{source}/".startswith(f"{name}/") for name in _OF_THE_SYSTEM):
+        return None
+    options = [one for one in options if one not in _PROPAGATION]
+    return {
+        "destination": destination,
+        "type": "bind",
+        "source": share(source, "ro" in options),
+        "options": options,
+    }
+
+
+def _object(given: Json, name: str) -> Json:
+    value = given.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise invalid(f"config.json: {name}: not an object")
+    return value

@@ -1,0 +1,204 @@
+"""containerd-shim-kata-v2 as containerd calls it: `start`, `delete` and `-info`; all else is kata_shim.shim.
+
+The interface is containerd's runtime v2 (core/runtime/v2/README.md of github.com/containerd/containerd):
+`start` prints the address at which the shim answers and ends; `delete` prints a serialized DeleteResponse.
+Standard library only, and little of it: containerd waits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from _socket import AF_UNIX, SOCK_STREAM, socket
+
+from kata_shim import client
+from kata_shim.errors import ShimError, invalid
+
+SOCKETS = "/run/containerd/s"  # where containerd's own shims have theirs
+KILLED = 137  # the exit status of what a shim that died has left
+DELETE_TIMEOUT = 4.0  # seconds; containerd kills us after 5
+_OURS = ("serve", "check", "zygote", "factory")
+_SANDBOX_ID = "io.kubernetes.cri.sandbox-id"
+_CONTAINER_TYPE = "io.kubernetes.cri.container-type"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and end it."""
+    words = sys.argv[1:]
+    if not words or words[0] in _OURS:
+        from kata_shim.shim import main as shim
+
+        sys.exit(shim())
+    try:
+        sys.exit(_run(words))
+    except ShimError as error:
+        print(f"containerd-shim-kata-v2: {error.message}", file=sys.stderr)
+    except OSError as error:
+        print(f"containerd-shim-kata-v2: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(words: list[str]) -> int:
+    flags, commands = _parse(words)
+    match commands:
+        case ["start"]:
+            return _start(flags)
+        case ["delete"]:
+            return _delete(flags)
+        case [] if "version" in flags or "v" in flags:
+            from kata_shim import __version__
+
+            print(f"containerd-shim-kata-v2 {__version__}")
+            return 0
+    raise invalid(f"command line: {' '.join(words)[:200]}: neither start nor delete")
+
+
+def _parse(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return flags and commands, as Go's flag package reads them: -name value, -name=value, --name."""
+    flags, commands, rest = {}, [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            commands.append(word)
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        if not equals and name not in ("debug", "v", "version", "info") and rest:
+            value = rest.pop(0)
+        flags[name] = value
+    return flags, commands
+
+
+def _start(flags: dict[str, str]) -> int:
+    """Start the shim of a sandbox, or find that of a container's sandbox; print its address."""
+    container_id, sandbox_id = flags.get("id", ""), _sandbox_of(".", flags.get("id", ""))
+    path = _socket_path(flags, sandbox_id)
+    if sandbox_id != container_id:
+        _require_listening(path, sandbox_id)
+    else:
+        _start_sandbox(flags, sandbox_id, path)
+    _tell(path)
+    return 0
+
+
+def _start_sandbox(flags: dict[str, str], sandbox_id: str, path: str) -> None:
+    from kata_shim.spawn import Containerd
+
+    root = _root()
+    client.claim(root, sandbox_id)
+    try:
+        listener = _listen(path)
+        events = os.environ.get("TTRPC_ADDRESS") or flags.get("address", "") + ".ttrpc"
+        containerd = Containerd(listener.fileno(), flags.get("namespace", ""), events)
+        client.connect(root, sandbox_id, containerd=containerd).close()
+    except BaseException:
+        client.remove(root, sandbox_id)
+        raise
+
+
+def _delete(flags: dict[str, str]) -> int:
+    """Clear what is left of a sandbox whose shim has died; a container that is not one leaves nothing."""
+    container_id, bundle = flags.get("id", ""), flags.get("bundle") or "."
+    sandbox_id = _sandbox_of(bundle, container_id)
+    if sandbox_id == container_id:
+        from kata_shim.cli import silent
+
+        root = _root()
+        if client.is_id(container_id) and os.path.isdir(client.sandbox_directory(root, container_id)):
+            silent.delete(root, container_id, force=True, revive=True)
+        path = _socket_path(flags, sandbox_id)
+        if os.path.lexists(path):
+            os.unlink(path)
+    _answer_deleted()
+    return 0
+
+
+def _answer_deleted() -> None:
+    """Write a DeleteResponse: field 2 the status, field 3 the time as a Timestamp's seconds."""
+    import time
+
+    moment = b"\x08" + _varint(int(time.time()))
+    os.write(1, b"\x10" + _varint(KILLED) + b"\x1a" + _varint(len(moment)) + moment)
+
+
+def _varint(number: int) -> bytes:
+    data = bytearray()
+    while number > 0x7F:
+        data.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*data, number])
+
+
+def _sandbox_of(bundle: str, container_id: str) -> str:
+    """Return the sandbox that a bundle's container belongs to, by CRI's annotations; else its own id."""
+    import json
+
+    try:
+        with open(f"{bundle}/config.json", "rb") as file:
+            annotations = json.load(file).get("annotations") or {}
+        if annotations.get(_CONTAINER_TYPE) == "container":
+            return str(annotations[_SANDBOX_ID])
+    except (OSError, ValueError, AttributeError, KeyError):
+        pass  # of a bundle that is broken, Create tells what is wrong; delete must clear it all the same
+    return container_id
+
+
+def _socket_path(flags: dict[str, str], sandbox_id: str) -> str:
+    from hashlib import sha256
+
+    key = f"{flags.get('address', '')}/{flags.get('namespace', '')}/{sandbox_id}"
+    return f"{SOCKETS}/{sha256(key.encode()).hexdigest()}"
+
+
+def _listen(path: str) -> socket:
+    """Return a socket listening at `path`, mode 0600, in the place of one at which nobody answers."""
+    os.makedirs(SOCKETS, 0o711, exist_ok=True)
+    listener = socket(AF_UNIX, SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        if os.path.lexists(path):
+            if _answers(path):
+                raise ShimError("already-exists", f"{path}: another shim answers there")
+            os.unlink(path)
+        listener.bind(path)
+        listener.listen(1024)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def _require_listening(path: str, sandbox_id: str) -> None:
+    if not _answers(path):
+        raise ShimError("unavailable", f"sandbox {sandbox_id}: no shim of it is running")
+
+
+def _answers(path: str) -> bool:
+    with_peer = socket(AF_UNIX, SOCK_STREAM)
+    try:
+        with_peer.connect(path)
+    except OSError:
+        return False
+    finally:
+        with_peer.close()
+    return True
+
+
+def _tell(path: str) -> None:
+    address = f"unix://{path}"
+    with open(".address", "w") as file:
+        file.write(address)
+    os.rename(".address", "address")
+    os.write(1, address.encode())
+
+
+def _root() -> str:
+    return os.environ.get("KATA_SHIM_ROOT") or client.DEFAULT_ROOT
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Containerd's side of a shim: its tasks on one socket, its events on another."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+
+from kata_shim import log
+from kata_shim.errors import ShimError
+from kata_shim.faces.events import Publisher, teller
+from kata_shim.faces.task import Task, register
+from kata_shim.sandbox.sandbox import Sandbox
+from kata_shim.spawn import Containerd
+from kata_shim.ttrpc.server import Server, ServerProtocol
+
+EVENTS_TIMEOUT = 5.0  # seconds that a shim which ends waits for containerd to take its last events
+ANSWER_DELAY = 0.05  # seconds for Shutdown's answer to leave
+
+
+class Tasks:
+    """The task service of one sandbox, on a socket that containerd's starter has made."""
+
+    def __init__(self, sandbox: Sandbox, containerd: Containerd) -> None:
+        self._sandbox = sandbox
+        self._listener = socket.socket(fileno=containerd.listener)
+        self._path = str(self._listener.getsockname())
+        self._publisher = Publisher(containerd.events, containerd.namespace)
+        self._server = Server()
+        self._deleting: asyncio.Task[None] | None = None
+        task = Task(sandbox, self._shut_down)
+        task.tell = teller(self._publisher, lambda: sandbox.record.pid)
+        register(self._server, task)
+
+    async def listen(self) -> None:
+        """Start to answer."""
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_unix_server(
+            lambda: ServerProtocol(self._server), sock=self._listener
+        )
+
+    async def close(self) -> None:
+        """Forward the last events, and stop answering."""
+        await self._publisher.close(EVENTS_TIMEOUT)
+        self._listening.close()
+        if self._sandbox.gone.is_set():
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+    def _shut_down(self) -> None:
+        if self._deleting is None:
+            self._deleting = asyncio.ensure_future(self._delete())
+
+    async def _delete(self) -> None:
+        await asyncio.sleep(ANSWER_DELAY)
+        try:
+            await self._sandbox.delete(force=True)
+        except ShimError as error:
+            log.warning("the sandbox is not deleted", error=error.message)

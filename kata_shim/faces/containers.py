@@ -1,0 +1,137 @@
+"""The JSON-lines wire's methods on containers: `kata-runtime run --rootfs` and `exec`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from kata_shim.agent import CANNOT_RUN
+from kata_shim.contract import oci
+from kata_shim.errors import ShimError, invalid
+from kata_shim.faces.fields import field
+from kata_shim.faces.jsonl import Call, Handler
+from kata_shim.sandbox.containers import Containers, Process
+from kata_shim.sandbox.sandbox import Sandbox
+from kata_shim.sandbox.stdio import Stdio
+
+END_TIMEOUT = 5.0  # seconds from SIGKILL to a process's end
+
+
+def methods(sandbox: Sandbox) -> dict[str, Handler]:
+    """Return the methods, bound to `sandbox`."""
+
+    async def run(call: Call) -> object:
+        """Run a container of the sandbox's own id to its end."""
+        containers = await sandbox.containers()
+        args, env, terminal = *words(call), field(call, "terminal", bool, False)
+        rootfs = field(call, "rootfs", str, "")
+        if not rootfs.startswith("/"):
+            raise invalid(f"rootfs: {rootfs!a} is not an absolute path")
+        spec = oci.default_spec(rootfs, args, env, field(call, "cwd", str, ""), terminal=terminal)
+        with _status_of_shells():
+            await containers.create_of(sandbox.id, spec, "/", (), lambda: _streams(call, terminal=terminal))
+        if field(call, "detach", bool, False):
+            await containers.start(sandbox.id, "")
+            return None
+        return await _attend(containers, sandbox.id, "")
+
+    return {"container.run": run}
+
+
+async def execute(
+    call: Call, containers: Containers, container_id: str, args: list[str], env: list[str]
+) -> object:
+    """Run one more process in a container to its end."""
+    terminal = field(call, "terminal", bool, False)
+    process = oci.default_spec("/", args, env, field(call, "cwd", str, ""), terminal=terminal)["process"]
+    exec_id = containers.new_exec_id(container_id)
+    await containers.add_exec(container_id, exec_id, process, _streams(call, terminal=terminal))
+    return await _attend(containers, container_id, exec_id)
+
+
+def words(call: Call) -> tuple[list[str], list[str]]:
+    """Return a command and its environment as NAME=value; raises ShimError."""
+    argv, env = field(call, "argv", list, []), field(call, "env", dict, {})
+    if not argv or not all(_is_word(word) for word in argv):
+        raise invalid("argv: not an array of one or more strings without NUL")
+    if not all(_is_word(name) and _is_word(value) and name for name, value in env.items()):
+        raise invalid("env: not an object of strings without NUL")
+    return argv, [f"{name}={value}" for name, value in env.items()]
+
+
+async def _attend(containers: Containers, container_id: str, exec_id: str) -> object:
+    process = containers.process(container_id, exec_id)
+    try:
+        with _status_of_shells():
+            await containers.start(container_id, exec_id)
+        await process.exited.wait()
+        await process.stdio.drained()
+    finally:
+        await asyncio.shield(asyncio.ensure_future(_end(containers, process)))
+    return {"exit_status": process.exit_status}
+
+
+@contextmanager
+def _status_of_shells() -> Iterator[None]:
+    """Add to an error what a shell's own status says of a command that cannot be run (POSIX, 2.8.2)."""
+    try:
+        yield
+    except ShimError as error:
+        if error.code in CANNOT_RUN:
+            error.attrs["exit_status"] = CANNOT_RUN[error.code]
+        raise
+
+
+async def _end(containers: Containers, process: Process) -> None:
+    """Forget a process; one whose caller has gone is killed first."""
+    ids = (process.container_id, process.exec_id)
+    if process.state in ("running", "paused"):
+        await containers.kill(*ids, signal.SIGKILL, everything=False)
+        async with asyncio.timeout(END_TIMEOUT):
+            await process.exited.wait()
+    await containers.delete(*ids)
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+class _Stdin:
+    """What a caller sends to a process."""
+
+    def __init__(self, read: Callable[[], Awaitable[bytes | None]]) -> None:
+        self._read = read
+
+    async def read(self) -> bytes:
+        return await self._read() or b""
+
+    def let_end(self) -> None:
+        raise ShimError("failed-precondition", "stdin: it is its caller's to end")
+
+    def close(self) -> None:
+        pass
+
+
+class _Output:
+    """What a process sends to its caller."""
+
+    def __init__(self, call: Call, stream: str) -> None:
+        self._call = call
+        self._stream = stream
+
+    async def write(self, data: bytes) -> None:
+        await self._call.progress({self._stream: base64.b64encode(data).decode()})
+
+    def close(self) -> None:
+        pass
+
+
+def _streams(call: Call, *, terminal: bool) -> Stdio:
+    if field(call, "detach", bool, False):
+        return Stdio(None, None, None, terminal=terminal)
+    stdin = _Stdin(call.read_stdin) if field(call, "stdin", bool, True) else None
+    error = None if terminal else _Output(call, "stderr")
+    return Stdio(stdin, _Output(call, "stdout"), error, terminal=terminal)

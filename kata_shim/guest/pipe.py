@@ -1,0 +1,99 @@
+"""The agent's ends of its children's streams."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from typing import IO
+
+from kata_shim.errors import ShimError
+
+
+class Pipe:
+    """The agent's end of a process's pipe or pseudo-terminal, to read from it or to write to it.
+
+    Nothing is buffered: it is read when the shim asks for it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._lock = asyncio.Lock()
+        self._waiter: asyncio.Future[None] | None = None
+        self._unwatch: Callable[[], bool] = bool
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    async def read(self, length: int) -> bytes:
+        """Return what there is, at most so many bytes; wait until there is some; b"" at the end."""
+        async with self._lock:
+            while not self.closed:
+                try:
+                    data = os.read(self._fd, length)
+                except BlockingIOError:
+                    loop = asyncio.get_running_loop()
+                    await self._ready(loop.add_reader, loop.remove_reader)
+                    continue
+                except OSError as error:
+                    if not _is_left(error):
+                        raise
+                    data = b""
+                if not data:
+                    self.close()
+                return data
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        """Write all of it. Raises `failed-precondition` when nobody reads any more."""
+        async with self._lock:
+            while data and not self.closed:
+                try:
+                    data = data[os.write(self._fd, data) :]
+                except BlockingIOError:
+                    loop = asyncio.get_running_loop()
+                    await self._ready(loop.add_writer, loop.remove_writer)
+                except OSError as error:
+                    if not _is_left(error):
+                        raise
+                    self.close()
+            if data:
+                raise ShimError("failed-precondition", "stdin: the process does not read it any more")
+
+    def close(self) -> None:
+        """Close the end; who waits for it goes on."""
+        if self._waiter is not None:
+            self._wake(self._waiter)
+        if not self.closed:
+            os.close(self._fd)
+        self._fd = -1
+
+    async def _ready(self, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
+        fd, waiter = self._fd, asyncio.get_running_loop().create_future()
+        self._waiter, self._unwatch = waiter, lambda: unwatch(fd)
+        watch(fd, self._wake, waiter)
+        try:
+            await waiter
+        finally:
+            self._wake(waiter)
+
+    def _wake(self, waiter: asyncio.Future[None]) -> None:
+        if self._waiter is waiter:
+            self._waiter = None
+            self._unwatch()
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _is_left(error: OSError) -> bool:
+    """Whether nobody has the other end any more: of a pipe, or of a pseudo-terminal."""
+    return error.errno in (errno.EPIPE, errno.EIO)
+
+
+def take(stream: IO[bytes]) -> Pipe:
+    """Return the pipe of a Popen object's stream, which is closed."""
+    with stream:
+        return Pipe(os.dup(stream.fileno()))

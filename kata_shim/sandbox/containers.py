@@ -1,0 +1,370 @@
+"""The containers of one sandbox, as containerd knows them: tasks, their processes and what becomes of those.
+
+    created ──start──► running ◄──resume/pause──► paused ──► stopped ──delete──► (gone)
+
+A process is `stopped` once it has ended, whoever ended it; what it has written may still be on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from kata_shim import log
+from kata_shim.agent_containers import Containers as Guest
+from kata_shim.contract import oci
+from kata_shim.contract.ids import check_container_id
+from kata_shim.errors import ShimError, invalid
+from kata_shim.protos import agent_pb2
+from kata_shim.sandbox import hooks
+from kata_shim.sandbox.host_names import HostNames
+from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
+from kata_shim.sandbox.stdio import Stdio
+
+DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
+CANNOT_RUN = 127  # the exit status of a process that could not be started
+KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
+SPEC_MOST = 4 << 20  # bytes of a config.json
+
+Tell = Callable[[str, "Process"], None]
+
+
+class Process:
+    """A process of a container: `state`; from its end on `exit_status` and `exited_at` (ns since 1970)."""
+
+    def __init__(self, container_id: str, exec_id: str, bundle: str, stdio: Stdio) -> None:
+        self.bundle = bundle
+        self.container_id = container_id
+        self.exec_id = exec_id  # "" for the container's first
+        self.stdio = stdio
+        self.state = "created"
+        self.exit_status = 0
+        self.exited_at = 0
+        self.exited = asyncio.Event()
+        self.waiter: asyncio.Task[None] | None = None
+        self.spec: dict[str, Any] = {}
+
+    @property
+    def in_guest(self) -> str:
+        """The process's exec_id in the guest."""
+        return self.exec_id or self.container_id
+
+    def stop(self, status: int) -> bool:
+        """Note the end; False where it was known."""
+        if self.state == "stopped":
+            return False
+        self.state, self.exit_status, self.exited_at = "stopped", status, time.time_ns()
+        self.exited.set()
+        return True
+
+
+class Container:
+    """A container: its first process and the others."""
+
+    def __init__(self, container_id: str, bundle: str, rootfs: Sequence[Mount]) -> None:
+        self.id = container_id
+        self.bundle = bundle
+        self.rootfs = rootfs
+        self.processes: dict[str, Process] = {}
+        self.hooks: dict[str, Any] = {}
+
+    @property
+    def first(self) -> Process:
+        """The container's own process."""
+        return self.processes[""]
+
+
+class Containers:
+    """All containers of a sandbox. `tell` is called with each event's name and the process it is of."""
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        guest: Guest,
+        shares: Shares,
+        names: HostNames,
+        pid: Callable[[], int],
+        *,
+        msize: int,
+        seccomp: bool,
+        hook_path: str,
+    ) -> None:
+        self._sandbox_id = sandbox_id
+        self._guest = guest
+        self._shares = shares
+        self._names = names
+        self._msize = msize
+        self._seccomp = seccomp
+        self._hook_path = hook_path
+        self._containers: dict[str, Container] = {}
+        self._sharing = asyncio.Lock()
+        self._shared = False
+        self._watching: asyncio.Task[None] | None = None
+        self.pid = pid
+        self.tell: Tell = lambda _event, _process: None
+
+    def __bool__(self) -> bool:
+        return bool(self._containers)
+
+    def find(self, container_id: str) -> Container:
+        """Return a container; raises ShimError `not-found`."""
+        container = self._containers.get(container_id)
+        if container is None or not container.processes:
+            raise ShimError("not-found", f"container {container_id}: there is none")
+        return container
+
+    def process(self, container_id: str, exec_id: str) -> Process:
+        """Return a process; raises ShimError `not-found`."""
+        found = self.find(container_id).processes.get(exec_id)
+        if found is None:
+            raise ShimError("not-found", f"container {container_id}: there is no exec {exec_id}")
+        return found
+
+    async def create(
+        self, container_id: str, bundle: str, rootfs: Sequence[Mount], stdio: Callable[[], Stdio]
+    ) -> Container:
+        """Create a container out of an OCI bundle. Whatever fails, nothing of it is left."""
+        spec = await asyncio.to_thread(_read_json, f"{bundle}/config.json")
+        return await self.create_of(container_id, spec, bundle, rootfs, stdio)
+
+    async def create_of(
+        self,
+        container_id: str,
+        given: object,
+        bundle: str,
+        rootfs: Sequence[Mount],
+        stdio: Callable[[], Stdio],
+    ) -> Container:
+        """As `create`, with what its config.json would say given."""
+        if container_id in self._containers:
+            raise ShimError("already-exists", f"container {container_id}: the id is in use")
+        check_container_id(container_id)
+        described = oci.read(given)
+        container = self._containers[container_id] = Container(container_id, bundle, rootfs)
+        async with AsyncExitStack() as undo:
+            undo.callback(self._containers.pop, container_id)
+            if container_id != self._sandbox_id:
+                self._names.claim(container_id)
+                undo.callback(self._names.release, container_id)
+            undo.callback(self._shares.release, container_id)
+            path = self._shares.mount_rootfs(container_id, rootfs, Path(bundle, described.rootfs))
+            share = partial(self._shares.bind, container_id)
+            spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
+            if described.readonly:
+                self._shares.freeze_rootfs(container_id)
+            process = Process(container_id, "", bundle, stdio())
+            undo.push_async_callback(process.stdio.close)
+            await self._share()
+            await self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
+            undo.push_async_callback(self._guest.remove, container_id)
+            container.processes[""] = process
+            container.hooks = described.hooks
+            for name in ("prestart", "createRuntime"):
+                await self._run_hooks(container, name)
+            undo.pop_all()
+        self.tell("create", process)
+        return container
+
+    async def add_exec(self, container_id: str, exec_id: str, process: object, stdio: Stdio) -> None:
+        """Note one more process of a container, to be started by `start`."""
+        container = self.find(container_id)
+        if exec_id in container.processes:
+            raise ShimError("already-exists", f"container {container_id}: exec {exec_id} is there already")
+        if not isinstance(process, dict):
+            raise invalid("spec: not an object")
+        added = container.processes[exec_id] = Process(container_id, exec_id, container.bundle, stdio)
+        added.spec = {**process, "apparmorProfile": "", "selinuxLabel": "", "terminal": stdio.terminal}
+        self.tell("exec-added", added)
+
+    def new_exec_id(self, container_id: str) -> str:
+        """Return an exec id that no process of the container has."""
+        processes = self.find(container_id).processes
+        return next(name for number in count(1) if (name := f"exec-{number}") not in processes)
+
+    async def start(self, container_id: str, exec_id: str) -> Process:
+        """Let a process begin."""
+        process = self.process(container_id, exec_id)
+        if process.state != "created":
+            raise ShimError("failed-precondition", f"container {container_id}: {exec_id or 'it'} was started")
+        process.state = "running"
+        try:
+            if exec_id:
+                await self._guest.exec(container_id, exec_id, process.spec)
+            else:
+                await self._guest.start(container_id)
+        except ShimError:
+            process.stop(CANNOT_RUN)
+            await process.stdio.close()  # whoever reads or writes there waits for nothing any more
+            raise
+        self._begin(process)
+        if not exec_id:
+            await self._run_later_hooks(self.find(container_id), "poststart")
+        self.tell("exec-started" if exec_id else "start", process)
+        return process
+
+    async def kill(self, container_id: str, exec_id: str, number: int, *, everything: bool) -> None:
+        """Send a signal to a process, or to all of a container."""
+        process = self.process(container_id, exec_id)
+        if process.state == "stopped":
+            raise ShimError("not-found", f"container {container_id}: the process has ended already")
+        await self._guest.signal(container_id, "" if everything else process.in_guest, number)
+
+    async def delete(self, container_id: str, exec_id: str) -> Process:
+        """Forget a process that has ended; with the first one the container goes."""
+        process = self.process(container_id, exec_id)
+        if process.state == "running":
+            raise ShimError("failed-precondition", f"container {container_id}: the process still runs")
+        container = self.find(container_id)
+        if not exec_id:
+            await self._remove(container)
+        await process.stdio.drained(DRAIN_TIMEOUT)
+        await self._forget(process)
+        container.processes.pop(exec_id, None)
+        if not exec_id:
+            for other in list(container.processes.values()):
+                await self._forget(other)
+            self._containers.pop(container_id, None)
+            self._names.release(container_id)
+        self.tell("delete", process)
+        return process
+
+    async def pause(self, container_id: str) -> None:
+        """Freeze a container."""
+        process = self.find(container_id).first
+        if process.state != "running":
+            raise ShimError("failed-precondition", f"container {container_id} is {process.state}")
+        await self._guest.pause(container_id)
+        process.state = "paused"
+        self.tell("paused", process)
+
+    async def resume(self, container_id: str) -> None:
+        """Let a container go on."""
+        process = self.find(container_id).first
+        if process.state != "paused":
+            raise ShimError("failed-precondition", f"container {container_id} is {process.state}")
+        await self._guest.resume(container_id)
+        process.state = "running"
+        self.tell("resumed", process)
+
+    async def update(self, container_id: str, resources: object) -> None:
+        """Change a container's limits."""
+        self.find(container_id)
+        if not isinstance(resources, dict):
+            raise invalid("resources: not an object")
+        await self._guest.update(container_id, oci.resources(resources))
+
+    async def stats(self, container_id: str) -> agent_pb2.CgroupStats:
+        """Return what a container uses."""
+        self.find(container_id)
+        return await self._guest.stats(container_id)
+
+    async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
+        """Set the size of a process's terminal."""
+        process = self.process(container_id, exec_id)
+        await self._guest.resize(container_id, process.in_guest, rows, columns)
+
+    def close_stdin(self, container_id: str, exec_id: str) -> None:
+        """Let a process's stdin end."""
+        self.process(container_id, exec_id).stdio.let_stdin_end()
+
+    def machine_ended(self) -> None:
+        """The guest has ended, and every process with it."""
+        for container in self._containers.values():
+            for process in container.processes.values():
+                if process.stop(KILLED):
+                    self.tell("exit", process)
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        if self._watching is not None:
+            self._watching.cancel()
+        for container in self._containers.values():
+            for process in container.processes.values():
+                await self._forget(process)
+
+    def _begin(self, process: Process) -> None:
+        ids = (process.container_id, process.in_guest)
+        process.stdio.begin(
+            {name: partial(self._guest.read, name, *ids) for name in ("stdout", "stderr")},
+            partial(self._guest.write_stdin, *ids),
+            partial(self._guest.close_stdin, *ids),
+        )
+        process.waiter = asyncio.ensure_future(self._attend(process))
+
+    async def _attend(self, process: Process) -> None:
+        try:
+            status = await self._guest.wait(process.container_id, process.in_guest)
+        except ShimError as error:
+            log.warning("nobody can tell how a process ended", id=process.in_guest, error=error.message)
+            status = KILLED
+        if process.stop(status):
+            self.tell("exit", process)
+
+    async def _remove(self, container: Container) -> None:
+        with suppress(ShimError):  # the guest has ended, or has forgotten it
+            await self._guest.remove(container.id)
+        self._shares.release(container.id)
+        await self._run_later_hooks(container, "poststop")
+
+    async def _run_hooks(self, container: Container, name: str) -> None:
+        state = {
+            "ociVersion": "1.0.2",
+            "id": container.id,
+            "status": container.first.state,
+            "pid": self.pid(),
+            "bundle": container.bundle,
+        }
+        await hooks.run(container.hooks.get(name), state)
+
+    async def _run_later_hooks(self, container: Container, name: str) -> None:
+        """Run hooks of which it is too late for a failure to hinder anything: it is told in the log."""
+        try:
+            await self._run_hooks(container, name)
+        except ShimError as error:
+            log.warning("a hook has failed", id=container.id, name=name, error=error.message)
+
+    async def _forget(self, process: Process) -> None:
+        if process.waiter is not None:
+            process.waiter.cancel()
+        await process.stdio.close()
+
+    async def _share(self) -> None:
+        """Have the guest see what is shared, once."""
+        async with self._sharing:
+            if self._shared:
+                return
+            options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={self._msize}", "nodev"]
+            await self._guest.share(
+                self._sandbox_id, "kataShared", GUEST_DIRECTORY, options, guest_hook_path=self._hook_path
+            )
+            self._shared = True
+            self._watching = asyncio.ensure_future(self._watch_memory())
+
+    async def _watch_memory(self) -> None:
+        with suppress(ShimError):
+            while True:
+                container = self._containers.get(await self._guest.oom_event())
+                if container is not None and container.processes:
+                    self.tell("oom", container.first)
+
+
+def _read_json(path: str) -> object:
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(SPEC_MOST + 1)
+        if len(data) > SPEC_MOST:
+            raise invalid(f"{path}: more than {SPEC_MOST} bytes")
+        return orjson.loads(data)
+    except OSError as error:
+        raise ShimError("not-found", f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise invalid(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""The shim under Debian's own containerd."""

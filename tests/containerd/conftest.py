@@ -1,0 +1,33 @@
+"""What the tests under containerd share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.containerd.daemon import Containerd, containerd
+from tests.rootfs import make_rootfs
+from tests.support import shipped
+
+
+@pytest.fixture(scope="session")
+def daemon(root: Path) -> Iterator[Containerd]:
+    """A containerd whose sandboxes are cloned."""
+    with containerd(root / "containerd", root, shipped(root, accelerator="tcg")) as started:
+        yield started
+
+
+@pytest.fixture
+def ctr(daemon: Containerd) -> Iterator[Containerd]:
+    """The daemon, without containers before and after."""
+    yield daemon
+    for name in daemon("containers", "list", "-q").stdout.split():
+        daemon.remove(name)
+
+
+@pytest.fixture(scope="session")
+def rootfs(root: Path) -> Path:
+    """A root file system: busybox."""
+    return make_rootfs(root / "rootfs")

@@ -1,0 +1,141 @@
+"""A containerd of the tests' own, and `ctr` on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import BIN, Result
+
+RUNTIME = "io.containerd.kata.v2"
+PATIENCE = 60.0  # seconds
+CONFIGURATION = """version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = [{disabled}]
+[grpc]
+address = "{directory}/containerd.sock"
+[ttrpc]
+address = "{directory}/containerd.sock.ttrpc"
+[plugins."io.containerd.runtime.v1.linux"]
+no_shim = true
+"""
+UNUSED = ("aufs", "btrfs", "devmapper", "zfs")
+
+
+@dataclass
+class Containerd:
+    """One containerd, and what it runs on."""
+
+    directory: Path
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        log = (self.directory / "log").open("ab")
+        self.process = subprocess.Popen(
+            ["containerd", "-c", self.directory / "config.toml"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=self.environment,
+        )
+        log.close()
+        answered = subprocess.run(
+            ["ctr", "-a", f"{self.directory}/containerd.sock", "--connect-timeout", "30s", "version"],
+            capture_output=True,
+            timeout=PATIENCE,
+        )
+        assert answered.returncode == 0, answered.stderr
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(PATIENCE)
+        self.process = None
+
+    def command(self, *words: str) -> list[str]:
+        """The command line of a `ctr`."""
+        return ["ctr", "-a", f"{self.directory}/containerd.sock", *words]
+
+    def __call__(self, *words: str, stdin: bytes = b"") -> Result:
+        """Run `ctr` to its end."""
+        done = subprocess.run(
+            self.command(*words), input=stdin, capture_output=True, timeout=PATIENCE, cwd="/"
+        )
+        return Result(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode())
+
+    def run(self, rootfs: Path, name: str, *command: str, flags: tuple[str, ...] = ("--rm",)) -> Result:
+        """`ctr run` with our runtime."""
+        return self("run", *flags, "--runtime", RUNTIME, "--rootfs", str(rootfs), name, *command)
+
+    def tasks(self) -> dict[str, tuple[int, str]]:
+        """Each task's pid and status."""
+        lines = [line.split() for line in self("tasks", "list").stdout.splitlines()[1:]]
+        return {name: (int(pid), status) for name, pid, status in lines}
+
+    def remove(self, name: str) -> None:
+        """Remove a container and its task, whatever they are doing."""
+        self("tasks", "delete", "--force", name)
+        self("containers", "delete", name)
+
+
+@contextmanager
+def containerd(directory: Path, root: Path, config: Path) -> Iterator[Containerd]:
+    """Run a containerd whose shims have `root` and `config`."""
+    directory.mkdir(mode=0o700)
+    (directory / "bin").mkdir()
+    (directory / "bin/containerd-shim-kata-v2").symlink_to(BIN / "containerd-shim-kata-v2")
+    disabled = ", ".join(json.dumps(f"io.containerd.snapshotter.v1.{name}") for name in UNUSED)
+    text = CONFIGURATION.format(directory=directory, disabled=f'{disabled}, "io.containerd.grpc.v1.cri"')
+    (directory / "config.toml").write_text(text)
+    environment = {
+        **os.environ,
+        "PATH": f"{directory}/bin:{os.environ['PATH']}",
+        "KATA_SHIM_ROOT": str(root),
+        "KATA_SHIM_CONFIG": str(config),
+    }
+    daemon = Containerd(directory, environment)
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        if daemon.process is not None:
+            daemon.stop()
+
+
+@contextmanager
+def listening(daemon: Containerd) -> Iterator[Callable[[str], list[str]]]:
+    """Hear events: yields what waits for a topic and returns all that came by then, as lines."""
+    with subprocess.Popen(daemon.command("events"), stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        output, heard = running.stdout.fileno(), b""
+
+        def until(topic: str) -> list[str]:
+            nonlocal heard
+            while not any(topic in line for line in heard.decode().splitlines()):
+                ready, _, _ = select.select([output], [], [], PATIENCE)
+                assert ready, f"no {topic} after {heard!r}"
+                heard += os.read(output, 65536)
+            return heard.decode().splitlines()
+
+        try:
+            yield until
+        finally:
+            running.kill()
+
+
+def topics(events: list[str]) -> list[str]:
+    """The topics of tasks' events, in order."""
+    return re.findall(r"(/tasks/[a-z-]+)", "".join(events))

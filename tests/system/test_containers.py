@@ -1,0 +1,102 @@
+"""Containers without containerd: `run --rootfs`, and `exec` into them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rootfs import make_rootfs
+from tests.started import PATIENCE
+from tests.support import Result, Runtime
+
+EMULATED = "no usable KVM on this host: QEMU emulates (TCG), which is slow\n"
+
+
+@pytest.fixture(scope="module")
+def rootfs(root: Path) -> Path:
+    """A root file system: busybox."""
+    return make_rootfs(root / "own rootfs")
+
+
+def run(runtime: Runtime, rootfs: Path, *words: str, stdin: bytes = b"") -> Result:
+    """Run a container to its end; what is said of the emulation is left out."""
+    done = runtime("run", "--rootfs", str(rootfs), *words, stdin=stdin)
+    return Result(done.status, done.stdout, done.stderr.replace(EMULATED, ""))
+
+
+def test_a_command_runs_in_its_own_root(runtime: Runtime, rootfs: Path) -> None:
+    done = run(runtime, rootfs, "c1", "/bin/sh", "-c", "cat; echo err >&2; ls /; exit 5", stdin=b"given\n")
+    assert done == Result(5, "given\nbin\ndev\netc\nproc\nroot\nsys\ntmp\n", "err\n")
+    assert runtime("list", "--json").json == []
+
+
+def test_environment_and_directory(runtime: Runtime, rootfs: Path) -> None:
+    done = run(runtime, rootfs, "--env", "A=b c", "--cwd", "/tmp", "c1", "sh", "-c", "echo $A; pwd")
+    assert done == Result(0, "b c\n/tmp\n", "")
+
+
+@pytest.fixture
+def detached(runtime: Runtime, rootfs: Path) -> Iterator[str]:
+    """A sandbox with a container that sleeps."""
+    assert run(runtime, rootfs, "--detach", "c2", "/bin/sleep", "1000") == Result(0, "", "")
+    yield "c2"
+    assert runtime("delete", "--force", "c2") == Result(0, "", "")
+
+
+def test_exec_enters_the_container(runtime: Runtime, detached: str) -> None:
+    inside = runtime("exec", detached, "--", "sh", "-c", "ps; exit 3")
+    assert inside.status == 3
+    assert "/bin/sleep 1000" in inside.stdout
+    assert "kata-agent" not in inside.stdout
+    outside = runtime("exec", "--guest", detached, "--", "ls", "/run/kata-containers")
+    assert "c2" in outside.stdout.split()
+    assert runtime("exec", detached, "--", "nowhere").status == 127
+
+
+def test_routes_of_the_guest_are_the_containers(runtime: Runtime, detached: str) -> None:
+    nic = (
+        '{"device":"tap-c2","name":"eth-c2","IPAddresses":[{"address":"172.16.0.3","mask":"16"}],'
+        '"mtu":1500,"hwAddr":"02:42:20:6f:a3:69"}'
+    )
+    assert runtime("kata-network", "add-iface", detached, "-", stdin=nic).status == 0
+    shown = runtime("exec", detached, "--", "ip", "route").stdout
+    assert shown == "172.16.0.0/16 dev eth-c2 scope link  src 172.16.0.3 \n"
+    assert runtime("kata-network", "del-iface", detached, "-", stdin='{"name":"eth-c2"}').stdout == "null\n"
+
+
+def test_what_the_container_writes_is_the_hosts(runtime: Runtime, rootfs: Path) -> None:
+    script = "echo content > /tmp/file; chown 12:34 /tmp/file; chmod 4751 /tmp/file; ln -s /etc /tmp/link"
+    assert run(runtime, rootfs, "c1", "sh", "-c", script) == Result(0, "", "")
+    path = rootfs / "tmp/file"
+    status = path.stat()
+    assert (path.read_text(), status.st_uid, status.st_gid, status.st_mode & 0o7777) == (
+        "content\n",
+        12,
+        34,
+        0o4751,
+    )
+    assert os.readlink(rootfs / "tmp/link") == "/etc"
+    path.unlink()
+    (rootfs / "tmp/link").unlink()
+
+
+def test_a_caller_that_goes_takes_the_container_along(runtime: Runtime, rootfs: Path) -> None:
+    process = runtime.start("run", "--rootfs", str(rootfs), "c1", "sh", "-c", "echo up; sleep 1000")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert runtime("list", "--json").json == []
+
+
+@pytest.mark.parametrize("given", ["/nowhere", "/etc/passwd"])
+def test_a_root_that_is_none(runtime: Runtime, given: str) -> None:
+    done = runtime("run", "--rootfs", given, "c1", "true")
+    assert done.status == 1
+    assert given in done.stderr
+    assert runtime("list", "--json").json == []
