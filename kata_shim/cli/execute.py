@@ -35,9 +35,10 @@ def execute(arguments: Arguments) -> int:
     if not argv:
         raise UsageError("which command?")
     params = command(arguments, argv)
-    if not arguments.has("--guest"):
-        params["container"] = container or None
-    params["guest"] = arguments.has("--guest")
+    if arguments.has("--guest"):
+        params["guest"] = True
+    elif container:
+        params["container"] = container
     return attend(client.connect(arguments.root, sandbox_id, say), "sandbox.exec", params)
 
 

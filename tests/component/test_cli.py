@@ -85,7 +85,7 @@ def test_version(state: Path, words: list[str]) -> None:
         (["state", "x", "y"], "kata-runtime state: unexpected argument y"),
         (["delete", "--json", "x"], "kata-runtime delete: --json: unknown flag"),
         (["run", "x", "--config"], "kata-runtime run: --config: needs a value"),
-        (["run", "--", "-x", "-y"], "kata-runtime run: unexpected argument -y"),
+        (["run", "--", "-x", "-y"], "kata-runtime run: a command needs --rootfs"),
         (["kata-check", "x"], "kata-runtime kata-check: unexpected argument x"),
         (["version", "--all"], "kata-runtime version: --all: unknown flag"),
     ],
