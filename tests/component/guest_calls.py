@@ -24,8 +24,12 @@ SOON = 20.0  # seconds; far more than anything here takes
 
 
 async def call(client: Client, method: str, request: Any = None, timeout: float | None = SOON) -> Any:
-    service = next(name for name, methods in SERVICES.items() if method in methods)
-    request_type, response_type = SERVICES[service][method]
+    """Call the method of that name, of the service that takes such a request where two have it."""
+    service, (request_type, response_type) = next(
+        (name, methods[method])
+        for name, methods in SERVICES.items()
+        if method in methods and (request is None or isinstance(request, methods[method][0]))
+    )
     return await client.call(service, method, request or request_type(), response_type, timeout)
 
 

@@ -82,6 +82,7 @@ async def machine(directory: Path, machine_type: str = "q35") -> AsyncIterator[M
         qmp_fd=fds["qmp"],
         console_fd=fds["console"],
         agent_fd=fds["agent"],
+        shared_directory=str(directory),
     )
     argv = build(spec)
     kernel = argv.index("-kernel")

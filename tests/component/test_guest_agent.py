@@ -95,8 +95,10 @@ class TestHealth:
     async def test_create_sandbox(self, client: Client) -> None:
         await call(client, "CreateSandbox", CreateSandboxRequest(hostname="h" * 70, sandbox_id="s"))
         assert (await sh(client, "uname -n"))[1] == b"h" * 64 + b"\n"
-        request = CreateSandboxRequest(storages=[Storage(driver="9p")])
+        request = CreateSandboxRequest(storages=[Storage(driver="nfs")])
         assert (await refused(client, "CreateSandbox", request))[0] == "unimplemented"
+        request = CreateSandboxRequest(storages=[Storage(driver="9p", mount_point="/run/../etc")])
+        assert (await refused(client, "CreateSandbox", request))[0] == "invalid-argument"
 
     async def test_claim(self, client: Client) -> None:
         """Under an init of its own the machine id is not the agent's business."""

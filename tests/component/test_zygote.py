@@ -209,7 +209,7 @@ def test_random_numbers_differ(root: Path) -> None:
             with one.dial() as connection, listening(root, sandbox_id) as (listener, log):
                 connection.sendall(request(root, sandbox_id))
                 child = one.child(connection)
-                socket.send_fds(connection, [b"+"], [listener.fileno(), log])
+                socket.send_fds(connection, [b"+"], [log, listener.fileno()])
                 assert ended({child})
             words = (root / "sandboxes" / sandbox_id / "shim.log").read_text().split()
             assert words[0] == sandbox_id
@@ -357,7 +357,7 @@ def test_zygote_killed_when_it_has_forked(one: Zygote, root: Path) -> None:
         connection.sendall(request(root, "a"))
         child = one.child(connection)
         one.kill()
-        socket.send_fds(connection, [b"+"], [listener.fileno(), log])
+        socket.send_fds(connection, [b"+"], [log, listener.fileno()])
         call(root, "a")
     assert shims(root, "a") == [child]
 

@@ -11,15 +11,17 @@ from collections.abc import Iterable
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, ServiceDescriptor
 
-from kata_shim.protos import agent_pb2, health_pb2, types_pb2
+from kata_shim.protos import agent_pb2, health_pb2, oci_pb2, types_pb2
+from tests.unit import kata_containers
 
 pytestmark = pytest.mark.quick
 
-FILES = (agent_pb2.DESCRIPTOR, types_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)
+FILES = (agent_pb2.DESCRIPTOR, oci_pb2.DESCRIPTOR, types_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)
 EMPTY = "google.protobuf.Empty"
 
 METHODS = {
     "grpc.AgentService": {
+        **kata_containers.METHODS,
         "UpdateInterface": ("grpc.UpdateInterfaceRequest", "types.Interface"),
         "UpdateRoutes": ("grpc.UpdateRoutesRequest", "grpc.Routes"),
         "ListInterfaces": ("grpc.ListInterfacesRequest", "grpc.Interfaces"),
@@ -38,6 +40,7 @@ METHODS = {
 }
 
 FIELDS = {
+    **kata_containers.FIELDS,
     "grpc.KernelModule": ["1 name string", "2 parameters string*"],
     "grpc.Storage": [
         "1 driver string",
