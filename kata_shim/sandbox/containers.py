@@ -156,16 +156,17 @@ class Containers:
                 self._names.claim(container_id)
                 undo.callback(self._names.release, container_id)
             undo.callback(self._shares.release, container_id)
-            path = self._shares.mount_rootfs(container_id, rootfs, Path(bundle, described.rootfs))
+            own = Path(bundle, described.rootfs)
+            path = self._shares.mount_rootfs(container_id, rootfs, own, readonly=described.readonly)
             share = partial(self._shares.bind, container_id)
             spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
-            if described.readonly:
-                self._shares.freeze_rootfs(container_id)
             process = Process(container_id, "", bundle, stdio())
             undo.push_async_callback(process.stdio.close)
             await self._share()
             await self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
             undo.push_async_callback(self._guest.remove, container_id)
+            if described.readonly:  # the runtime has made its mount points by now
+                self._shares.freeze_rootfs(container_id)
             container.processes[""] = process
             container.hooks = described.hooks
             for name in ("prestart", "createRuntime"):

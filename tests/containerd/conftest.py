@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.containerd.cri import Kubelet, kubelet
 from tests.containerd.daemon import Containerd, containerd
 from tests.rootfs import make_rootfs
 from tests.support import shipped
@@ -31,3 +32,18 @@ def ctr(daemon: Containerd) -> Iterator[Containerd]:
 def rootfs(root: Path) -> Path:
     """A root file system: busybox."""
     return make_rootfs(root / "rootfs")
+
+
+@pytest.fixture(scope="session")
+def cri(root: Path, rootfs: Path) -> Iterator[Kubelet]:
+    """A containerd with its CRI plugin."""
+    with kubelet(root / "cri", root, shipped(root, accelerator="tcg"), rootfs) as started:
+        yield started
+
+
+@pytest.fixture
+def node(cri: Kubelet) -> Iterator[Kubelet]:
+    """The node, without pods before and after."""
+    yield cri
+    for pod in cri.pods():
+        cri.remove(pod)

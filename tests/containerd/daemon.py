@@ -92,14 +92,15 @@ class Containerd:
 
 
 @contextmanager
-def containerd(directory: Path, root: Path, config: Path) -> Iterator[Containerd]:
-    """Run a containerd whose shims have `root` and `config`."""
+def containerd(directory: Path, root: Path, config: Path, cri: str = "") -> Iterator[Containerd]:
+    """Run a containerd whose shims have `root` and `config`, its CRI plugin configured by `cri` or off."""
     directory.mkdir(mode=0o700)
     (directory / "bin").mkdir()
     (directory / "bin/containerd-shim-kata-v2").symlink_to(BIN / "containerd-shim-kata-v2")
-    disabled = ", ".join(json.dumps(f"io.containerd.snapshotter.v1.{name}") for name in UNUSED)
-    text = CONFIGURATION.format(directory=directory, disabled=f'{disabled}, "io.containerd.grpc.v1.cri"')
-    (directory / "config.toml").write_text(text)
+    unused = [f"io.containerd.snapshotter.v1.{name}" for name in UNUSED]
+    disabled = ", ".join(map(json.dumps, unused if cri else [*unused, "io.containerd.grpc.v1.cri"]))
+    text = CONFIGURATION.format(directory=directory, disabled=disabled)
+    (directory / "config.toml").write_text(text + cri)
     environment = {
         **os.environ,
         "PATH": f"{directory}/bin:{os.environ['PATH']}",
