@@ -8,9 +8,11 @@ A process is `stopped` once it has ended, whoever ended it; what it has written 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from itertools import count
@@ -34,6 +36,7 @@ DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin 
 CANNOT_RUN = 127  # the exit status of a process that could not be started
 KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
 SPEC_MOST = 4 << 20  # bytes of a config.json
+WAITS = 8  # as often is a process waited for anew whose guest was cut off; more is no accident
 
 Tell = Callable[[str, "Process"], None]
 
@@ -93,6 +96,7 @@ class Containers:
         shares: Shares,
         names: HostNames,
         pid: Callable[[], int],
+        note: Callable[[], Awaitable[None]],
         *,
         msize: int,
         seccomp: bool,
@@ -109,6 +113,8 @@ class Containers:
         self._sharing = asyncio.Lock()
         self._shared = False
         self._watching: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._note = note  # puts on record that there are containers
         self.pid = pid
         self.tell: Tell = lambda _event, _process: None
 
@@ -152,12 +158,13 @@ class Containers:
         container = self._containers[container_id] = Container(container_id, bundle, rootfs)
         async with AsyncExitStack() as undo:
             undo.callback(self._containers.pop, container_id)
+            await self._note()
+            self._require_open()
             if container_id != self._sandbox_id:
                 self._names.claim(container_id)
                 undo.callback(self._names.release, container_id)
             undo.callback(self._shares.release, container_id)
-            own = Path(bundle, described.rootfs)
-            path = self._shares.mount_rootfs(container_id, rootfs, own, readonly=described.readonly)
+            path = self._shares.mount_rootfs(container_id, rootfs, Path(bundle, described.rootfs))
             share = partial(self._shares.bind, container_id)
             spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
             process = Process(container_id, "", bundle, stdio())
@@ -180,6 +187,7 @@ class Containers:
         container = self.find(container_id)
         if exec_id in container.processes:
             raise ShimError("already-exists", f"container {container_id}: exec {exec_id} is there already")
+        check_container_id(exec_id)
         if not isinstance(process, dict):
             raise invalid("spec: not an object")
         added = container.processes[exec_id] = Process(container_id, exec_id, container.bundle, stdio)
@@ -222,8 +230,8 @@ class Containers:
     async def delete(self, container_id: str, exec_id: str) -> Process:
         """Forget a process that has ended; with the first one the container goes."""
         process = self.process(container_id, exec_id)
-        if process.state == "running":
-            raise ShimError("failed-precondition", f"container {container_id}: the process still runs")
+        if process.state in ("running", "paused"):
+            raise ShimError("failed-precondition", f"container {container_id}: the process is {process.state}")
         container = self.find(container_id)
         if not exec_id:
             await self._remove(container)
@@ -285,7 +293,8 @@ class Containers:
                     self.tell("exit", process)
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything; nothing is created any more."""
+        self._is_closed = True
         if self._watching is not None:
             self._watching.cancel()
         for container in self._containers.values():
@@ -302,13 +311,24 @@ class Containers:
         process.waiter = asyncio.ensure_future(self._attend(process))
 
     async def _attend(self, process: Process) -> None:
-        try:
-            status = await self._guest.wait(process.container_id, process.in_guest)
-        except ShimError as error:
-            log.warning("nobody can tell how a process ended", id=process.in_guest, error=error.message)
-            status = KILLED
+        status = await self._wait(process)
         if process.stop(status):
             self.tell("exit", process)
+
+    async def _wait(self, process: Process) -> int:
+        """Return a process's exit status, also where the channel to the guest is cut meanwhile."""
+        for _ in range(WAITS):
+            try:
+                return await self._guest.wait(process.container_id, process.in_guest)
+            except ShimError as error:
+                log.warning("a process is lost sight of", id=process.in_guest, error=error.message)
+                if process.state == "stopped" or error.code not in ("unavailable", "data-loss"):
+                    break
+        return KILLED
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ShimError("failed-precondition", f"sandbox {self._sandbox_id} is being deleted")
 
     async def _remove(self, container: Container) -> None:
         with suppress(ShimError):  # the guest has ended, or has forgotten it
@@ -359,8 +379,13 @@ class Containers:
 
 
 def _read_json(path: str) -> object:
+    """Return what a file of a bundle says, which is a file and no link, and bounded."""
     try:
-        with Path(path).open("rb") as file:
+        # Without waiting: whoever opens a FIFO else waits for its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise invalid(f"{path}: not a regular file")
             data = file.read(SPEC_MOST + 1)
         if len(data) > SPEC_MOST:
             raise invalid(f"{path}: more than {SPEC_MOST} bytes")
