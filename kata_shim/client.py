@@ -103,15 +103,19 @@ def claim(root: str, sandbox_id: str) -> os.stat_result:
 def remove(root: str, sandbox_id: str) -> None:
     """Remove the directory of a sandbox that owns nothing: no shim has written a record for it.
 
-    Raises ShimError `failed-precondition` where there is a record: only a shim can clear what it lists.
+    Raises ShimError `failed-precondition` where there is a record, since only a shim can clear what it lists,
+    and where something is mounted below it.
     """
     directory = sandbox_directory(root, sandbox_id)
     if os.path.lexists(f"{directory}/record.json"):
         raise ShimError("failed-precondition", f"{sandbox_id} still owns what {directory}/record.json lists")
-    import shutil
+    from kata_shim.removal import remove_tree
 
-    # A shim on its way out may be removing the same files.
-    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        remove_tree(directory)
+    except OSError as error:
+        where = error.filename or directory
+        raise ShimError("failed-precondition", f"{sandbox_id}: {where}: {error.strerror}") from None
 
 
 def resolve(root: str, prefix: str) -> str:
@@ -150,7 +154,10 @@ def _list_containers(root: str) -> dict[str, str]:
     directory = f"{root}/containers"
     if check_root(root) and os.path.isdir(directory):
         for name in os.listdir(directory):
-            sandbox = os.path.basename(os.readlink(f"{directory}/{name}"))
+            try:
+                sandbox = os.path.basename(os.readlink(f"{directory}/{name}"))
+            except FileNotFoundError:
+                continue  # it has just been given back
             if os.path.isdir(sandbox_directory(root, sandbox)):
                 found[name] = sandbox
     return found

@@ -24,6 +24,7 @@ class Tasks:
 
     def __init__(self, sandbox: Sandbox, containerd: Containerd) -> None:
         self._sandbox = sandbox
+        sandbox.record.has_containers = True  # as soon as there is a record
         self._listener = socket.socket(fileno=containerd.listener)
         self._path = str(self._listener.getsockname())
         self._publisher = Publisher(containerd.events, containerd.namespace)

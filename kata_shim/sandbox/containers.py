@@ -231,7 +231,7 @@ class Containers:
         """Forget a process that has ended; with the first one the container goes."""
         process = self.process(container_id, exec_id)
         if process.state in ("running", "paused"):
-            raise ShimError("failed-precondition", f"container {container_id}: the process is {process.state}")
+            raise ShimError("failed-precondition", f"container {container_id}: it is {process.state}")
         container = self.find(container_id)
         if not exec_id:
             await self._remove(container)
@@ -383,9 +383,10 @@ def _read_json(path: str) -> object:
     try:
         # Without waiting: whoever opens a FIFO else waits for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise invalid(f"{path}: not a regular file")
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise invalid(f"{path}: not a regular file")
             data = file.read(SPEC_MOST + 1)
         if len(data) > SPEC_MOST:
             raise invalid(f"{path}: more than {SPEC_MOST} bytes")

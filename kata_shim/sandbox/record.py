@@ -64,6 +64,7 @@ class Record:
     start_time: int = 0  # of that pid, clock ticks after boot: proof against pid reuse
     accelerator: str = ""
     source: str = ""  # how it was started: "boot", "template" or "cache"
+    has_containers: bool = False  # or had some, or is to have: no later shim can take those over
     nics: list[Nic] = field(default_factory=list)
     unread: list[Any] = field(default_factory=list)  # NICs as a record has them, until `read_nics`
 
@@ -85,7 +86,11 @@ class Record:
 
 
 _EMPTY = Record("", "", "", "")
-_SCALARS = ("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator", "source")
+_SCALARS = (
+    *("id", "config", "created", "uuid", "state", "cause", "pid", "start_time", "accelerator", "source"),
+    "has_containers",
+)
+_SINCE = {"source": "boot", "has_containers": False}  # what records of an earlier version have not
 
 
 def load(path: Path) -> Record:
@@ -94,7 +99,7 @@ def load(path: Path) -> Record:
     Raises ShimError `data-loss` for a file that is not there, or that this program did not write.
     """
     try:
-        value: dict[str, Any] = {"source": "boot", **orjson.loads(path.read_bytes())}  # once it had none
+        value: dict[str, Any] = {**_SINCE, **orjson.loads(path.read_bytes())}
         record = Record(**{name: _same_kind(value[name], getattr(_EMPTY, name)) for name in _SCALARS})
         record.unread = _same_kind(value["nics"], [])
     except OSError as error:

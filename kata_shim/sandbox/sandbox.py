@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from kata_shim.errors import ShimError
 from kata_shim.factory.launch import Launch
 from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
+from kata_shim.removal import remove_tree
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.containers import Containers
 from kata_shim.sandbox.guest_kernel import GuestKernel
@@ -28,7 +28,8 @@ from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
 from kata_shim.sandbox.shares import Shares
-from kata_shim.vm.machine import SHARED, Machine, Step
+from kata_shim.vm.machine import Machine, Step
+from kata_shim.vm.shared import SHARED
 
 ASKED_TIMEOUT = 2.0  # seconds between a shim's first breath and the start its starter asks for
 MAX_WATCHED = 1024  # events that wait for a watcher who does not read
@@ -84,7 +85,10 @@ class Sandbox:
             return await self._start(config, step)
         except BaseException as error:
             self.lifecycle.state = "deleting"
-            await self._clear()
+            try:
+                await self._clear()
+            except ShimError as remaining:
+                log.warning("something is left behind", error=remaining.message)
             if isinstance(error, OSError):
                 where = error.filename or self.directory
                 raise ShimError("internal", f"{where}: {error.strerror}") from None
@@ -162,6 +166,12 @@ class Sandbox:
             creating = self.record.state == "creating"
             self._stop("its shim was ended while it was starting" if creating else self.record.cause)
             return
+        if self.record.has_containers:
+            # Their streams, exit codes and callers went with that shim: nobody could tell what they do.
+            await self._kill_strays()
+            self._stop("its shim was ended, and its containers with it")
+            await self._file.save()
+            return
         settings, _ = load_config(self.directory / "configuration.toml")
         self._set_up_log(settings)
         machine = self._machine = Machine(self.directory, settings, self._accelerators)
@@ -193,6 +203,7 @@ class Sandbox:
             Shares(self.directory / SHARED),
             self._container_names,
             lambda: self.record.pid,
+            self.note_containers,
             msize=settings.hypervisor.msize_9p,
             seccomp=not settings.runtime.disable_guest_seccomp,
             hook_path=settings.hypervisor.guest_hook_path,
@@ -241,14 +252,28 @@ class Sandbox:
         await self._file.close()
         if self._containers is not None:
             await self._containers.close()
-        Shares(self.directory / SHARED).release_all()
+        await self._remove_directory()
         self._devices.release_all_but(set())
         self._container_names.release_all_but(set())
-        await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
         log.info("the sandbox is gone")
         self.announce("state", state="deleted")
         self._stopped.set()
         self.gone.set()
+
+    async def _remove_directory(self) -> None:
+        """Take what is mounted away, then remove what is ours.
+
+        Where the host does not let go, nothing is removed that is somebody else's: it raises ShimError, and the
+        next delete tries again.
+        """
+        try:
+            Shares(self.directory / SHARED).release_all()
+            await asyncio.to_thread(remove_tree, str(self.directory))
+        except (ShimError, OSError) as error:
+            reason = error.message if isinstance(error, ShimError) else f"{error.filename}: {error.strerror}"
+            self.lifecycle.state, self.lifecycle.cause = "stopped", f"it cannot be deleted: {reason}"
+            self._stopped.set()
+            raise ShimError("failed-precondition", f"{self.directory} is not removed: {reason}") from None
 
     async def _kill_strays(self) -> None:
         """End a QEMU whose pid no record holds: a shim was killed too early, or the record is lost."""
@@ -316,6 +341,12 @@ class Sandbox:
         if self._containers is None:
             raise ShimError("not-found", f"sandbox {self.id} is {self.lifecycle.state}: it has no containers")
         return self._containers
+
+    async def note_containers(self) -> None:
+        """Have it on record that containers are to run here: with its shim this sandbox ends."""
+        if not self.record.has_containers:
+            self.record.has_containers = True
+            await self._file.save()
 
     async def ipvs(self) -> Ipvs:
         """Return kata-ipvs's operations; raises ShimError `failed-precondition` unless it runs."""
