@@ -15,8 +15,13 @@ from kata_shim import client
 from kata_shim.errors import ShimError, invalid
 
 SOCKETS = "/run/containerd/s"  # where containerd's own shims have theirs
+RUNTIME = "io.containerd.kata.v2"
 KILLED = 137  # the exit status of what a shim that died has left
-DELETE_TIMEOUT = 4.0  # seconds; containerd kills us after 5
+SILENCE = (
+    1.0  # seconds until a shim is asked whether it lives, and for its answer; containerd kills us after 5
+)
+CONFIG_MOST = 4 << 20  # bytes of a config.json
+STDIN_MOST = 4 << 20  # bytes of what containerd gives us to read
 _OURS = ("serve", "check", "zygote", "factory")
 _SANDBOX_ID = "io.kubernetes.cri.sandbox-id"
 _CONTAINER_TYPE = "io.kubernetes.cri.container-type"
@@ -48,6 +53,9 @@ def _run(words: list[str]) -> int:
             return _start(flags)
         case ["delete"]:
             return _delete(flags)
+        case [] if "info" in flags:
+            os.write(1, _runtime_info())
+            return 0
         case [] if "version" in flags or "v" in flags:
             from kata_shim import __version__
 
@@ -74,12 +82,13 @@ def _parse(words: list[str]) -> tuple[dict[str, str], list[str]]:
 def _start(flags: dict[str, str]) -> int:
     """Start the shim of a sandbox, or find that of a container's sandbox; print its address."""
     container_id, sandbox_id = flags.get("id", ""), _sandbox_of(".", flags.get("id", ""))
+    asked = _bootstrap_id(_read_stdin()) if container_id else ""
     path = _socket_path(flags, sandbox_id)
     if sandbox_id != container_id:
         _require_listening(path, sandbox_id)
     else:
         _start_sandbox(flags, sandbox_id, path)
-    _tell(path)
+    _tell(path, as_json=bool(asked) and asked == container_id.encode())
     return 0
 
 
@@ -107,9 +116,9 @@ def _delete(flags: dict[str, str]) -> int:
 
         root = _root()
         if client.is_id(container_id) and os.path.isdir(client.sandbox_directory(root, container_id)):
-            silent.delete(root, container_id, force=True, revive=True)
+            silent.clear(root, container_id, SILENCE)
         path = _socket_path(flags, sandbox_id)
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not _answers(path):
             os.unlink(path)
     _answer_deleted()
     return 0
@@ -120,7 +129,41 @@ def _answer_deleted() -> None:
     import time
 
     moment = b"\x08" + _varint(int(time.time()))
-    os.write(1, b"\x10" + _varint(KILLED) + b"\x1a" + _varint(len(moment)) + moment)
+    os.write(1, b"\x10" + _varint(KILLED) + _bytes_field(3, moment))
+
+
+def _runtime_info() -> bytes:
+    """Return a containerd.types.RuntimeInfo: field 1 our name, field 2 a RuntimeVersion, of field 1 a version."""
+    from kata_shim import __version__
+
+    return _bytes_field(1, RUNTIME.encode()) + _bytes_field(2, _bytes_field(1, __version__.encode()))
+
+
+def _bootstrap_id(data: bytes) -> bytes:
+    """Return field 1 of the BootstrapParams that containerd 2.3 and later writes to `start`; b"" without one."""
+    length = data[1] if data[:1] == b"\x0a" and len(data) > 1 else 0
+    return data[2 : 2 + length] if 0 < length < 0x80 else b""  # an id is no longer
+
+
+def _read_stdin() -> bytes:
+    """Return what there is on a pipe or file; nothing where it is closed, a terminal or a device."""
+    from stat import S_ISFIFO, S_ISREG, S_ISSOCK
+
+    data = b""
+    try:
+        mode = os.fstat(0).st_mode
+        if not (S_ISFIFO(mode) or S_ISREG(mode) or S_ISSOCK(mode)):
+            return b""
+        while len(data) < STDIN_MOST and (more := os.read(0, 65536)):
+            data += more
+    except OSError:
+        pass  # it is closed, or never was open
+    return data
+
+
+def _bytes_field(number: int, value: bytes) -> bytes:
+    """Return a field of protobuf's wire format that has bytes."""
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
 def _varint(number: int) -> bytes:
@@ -136,13 +179,26 @@ def _sandbox_of(bundle: str, container_id: str) -> str:
     import json
 
     try:
-        with open(f"{bundle}/config.json", "rb") as file:
-            annotations = json.load(file).get("annotations") or {}
+        annotations = json.loads(_read_config(f"{bundle}/config.json")).get("annotations") or {}
         if annotations.get(_CONTAINER_TYPE) == "container":
             return str(annotations[_SANDBOX_ID])
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, RecursionError):
         pass  # of a bundle that is broken, Create tells what is wrong; delete must clear it all the same
     return container_id
+
+
+def _read_config(path: str) -> bytes:
+    """Return what a bundle's file says; no link, and without waiting for what a FIFO's other end may say."""
+    from stat import S_ISREG
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not S_ISREG(status.st_mode) or status.st_size > CONFIG_MOST:
+            return b""
+        return os.read(descriptor, CONFIG_MOST)
+    finally:
+        os.close(descriptor)
 
 
 def _socket_path(flags: dict[str, str], sandbox_id: str) -> str:
@@ -188,12 +244,15 @@ def _answers(path: str) -> bool:
     return True
 
 
-def _tell(path: str) -> None:
+def _tell(path: str, *, as_json: bool) -> None:
+    """Print the address; as JSON for a containerd that reads so, and then speaks version 3 of the service."""
     address = f"unix://{path}"
     with open(".address", "w") as file:
         file.write(address)
     os.rename(".address", "address")
-    os.write(1, address.encode())
+    # What needs escaping in JSON is in no path of ours.
+    words = f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}' if as_json else address
+    os.write(1, words.encode())
 
 
 def _root() -> str:

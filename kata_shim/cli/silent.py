@@ -23,7 +23,15 @@ class SilentError(ShimError):
     """The shim does not even answer a call that it has nothing to do for."""
 
 
-def call(root: str, sandbox_id: str, method: str, params: bytes = b"", *, revive: bool = True) -> bytes:
+def call(
+    root: str,
+    sandbox_id: str,
+    method: str,
+    params: bytes = b"",
+    *,
+    revive: bool = True,
+    silence: float = SILENCE,
+) -> bytes:
     """Call the shim; what it does may take long, as long as it can be heard.
 
     Raises SilentError when it cannot, or as Connection.call. KeyboardInterrupt is passed on at once.
@@ -31,12 +39,12 @@ def call(root: str, sandbox_id: str, method: str, params: bytes = b"", *, revive
     connection = client.connect(root, sandbox_id, say, revive=revive)
     number, request = connection.request(method, params)
     connection.send(request)
-    connection.socket.settimeout(SILENCE)
+    connection.socket.settimeout(silence)
     while True:
         try:
             return connection.answer(number)
         except TimeoutError:
-            _need_life(root, sandbox_id)
+            _need_life(root, sandbox_id, silence)
 
 
 def delete(root: str, sandbox_id: str, *, force: bool, revive: bool = True) -> None:
@@ -51,10 +59,27 @@ def delete(root: str, sandbox_id: str, *, force: bool, revive: bool = True) -> N
         call(root, sandbox_id, "sandbox.delete", params, revive=revive)
 
 
-def _need_life(root: str, sandbox_id: str) -> None:
+def clear(root: str, sandbox_id: str, silence: float) -> None:
+    """Delete a sandbox whose shim has died, or is silent for so many seconds; one that serves a pod stays."""
+    params = b'{"force":true,"unless_pod":true}'
+    for last in (False, False, True):
+        try:
+            call(root, sandbox_id, "sandbox.delete", params, silence=silence)
+            return
+        except SilentError:
+            _end(root, sandbox_id)
+        except ShimError as error:
+            # One on its way out takes no more calls; a new one finds what it has left, if anything.
+            if not os.path.lexists(client.sandbox_directory(root, sandbox_id)):
+                return
+            if last or error.code != "unavailable":
+                raise
+
+
+def _need_life(root: str, sandbox_id: str, silence: float) -> None:
     try:
         connection = client.connect(root, sandbox_id, revive=False)
-        connection.socket.settimeout(SILENCE)
+        connection.socket.settimeout(silence)
         connection.call("shim.ping")
     except TimeoutError:
         pass

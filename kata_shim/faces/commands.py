@@ -78,7 +78,9 @@ class _Commands:
         return None
 
     async def delete(self, call: Call) -> object:
-        await self._sandbox.delete(force=field(call, "force", bool, False))
+        force, unless_pod = field(call, "force", bool, False), field(call, "unless_pod", bool, False)
+        if not (unless_pod and self._sandbox.is_pod):
+            await self._sandbox.delete(force=force)
         return None
 
     async def exec(self, call: Call) -> object:

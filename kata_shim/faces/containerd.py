@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from contextlib import suppress
+from typing import cast
 
 from kata_shim import log
 from kata_shim.errors import ShimError
@@ -17,6 +19,18 @@ from kata_shim.ttrpc.server import Server, ServerProtocol
 
 EVENTS_TIMEOUT = 5.0  # seconds that a shim which ends waits for containerd to take its last events
 ANSWER_DELAY = 0.05  # seconds for Shutdown's answer to leave
+
+
+class _Protocol(ServerProtocol):
+    """A connection of containerd's; one of another user's is closed, whatever the socket's mode may be."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("=iII", peer)
+        if uid not in (0, os.geteuid()):
+            log.warning("a caller was refused", pid=pid, uid=uid)
+            cast(asyncio.Transport, transport).abort()
 
 
 class Tasks:
@@ -37,9 +51,7 @@ class Tasks:
     async def listen(self) -> None:
         """Start to answer."""
         loop = asyncio.get_running_loop()
-        self._listening = await loop.create_unix_server(
-            lambda: ServerProtocol(self._server), sock=self._listener
-        )
+        self._listening = await loop.create_unix_server(lambda: _Protocol(self._server), sock=self._listener)
 
     async def close(self) -> None:
         """Forward the last events, and stop answering."""

@@ -121,6 +121,10 @@ class Containers:
     def __bool__(self) -> bool:
         return bool(self._containers)
 
+    def has_other_than(self, container_id: str) -> bool:
+        """Whether there is a container of another id."""
+        return bool(self._containers.keys() - {container_id})
+
     def find(self, container_id: str) -> Container:
         """Return a container; raises ShimError `not-found`."""
         container = self._containers.get(container_id)

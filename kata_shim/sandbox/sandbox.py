@@ -263,8 +263,8 @@ class Sandbox:
     async def _remove_directory(self) -> None:
         """Take what is mounted away, then remove what is ours.
 
-        Where the host does not let go, nothing is removed that is somebody else's: it raises ShimError, and the
-        next delete tries again.
+        Where the host does not let go, nothing is removed that is somebody else's: it raises ShimError, and
+        the next delete tries again.
         """
         try:
             Shares(self.directory / SHARED).release_all()
@@ -334,6 +334,11 @@ class Sandbox:
     def has_containers(self) -> bool:
         """Whether a container is left."""
         return bool(self._containers)
+
+    @property
+    def is_pod(self) -> bool:
+        """Whether a container is left that has not the sandbox's own id."""
+        return self._containers is not None and self._containers.has_other_than(self.id)
 
     async def containers(self) -> Containers:
         """Return the sandbox's containers, also once it has stopped."""
