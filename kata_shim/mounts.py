@@ -1,9 +1,10 @@
-"""mount(2) and umount2(2), on the host and in the guest, with options as mount(8) takes them."""
+"""mount(2), umount2(2) and mount_setattr(2), in host and guest, with options as mount(8) takes them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Iterable, Sequence
 
 from kata_shim.errors import ShimError
@@ -28,6 +29,11 @@ _FLAGS = {
 _CLEARED = {"rw": 0x1, "suid": 0x2, "dev": 0x4, "exec": 0x8, "async": 0x10, "atime": 0x400, "diratime": 0x800}
 _NOTHING = ("defaults", "loop")
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+# include/uapi/asm-generic/unistd.h: the same on every architecture
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NODEV = 1, 4
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000  # include/uapi/linux/fcntl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,9 +60,28 @@ def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) ->
         _mount(source, target, fstype, flags, ",".join(data))
 
 
-def isolate(target: str) -> None:
-    """Let no mount below `target` appear elsewhere, nor elsewhere's there."""
-    _mount("", target, "", MS_PRIVATE | MS_REC, "")
+def share(source: str, target: str, *, readonly: bool) -> None:
+    """Mount `source`, with all that is mounted below it, on `target`, where no device can be opened.
+
+    What is read only is so with everything below it, and before anybody can see it. No mount from below
+    `target` appears elsewhere, nor elsewhere's there. Raises ShimError as `mount`.
+    """
+    where = f"mount {source} on {target}"
+    tree = _call(where, _OPEN_TREE, _AT_FDCWD, source, _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC)
+    try:
+        wanted = _MOUNT_ATTR_NODEV | (_MOUNT_ATTR_RDONLY if readonly else 0)
+        _set(where, tree, "", wanted, MS_PRIVATE)
+        _call(where, _MOVE_MOUNT, tree, "", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def make_read_only(target: str) -> None:
+    """Let nobody write by way of `target` any more, nor of what is mounted below it; raises as `mount`.
+
+    While a file is open there for writing, the kernel refuses it.
+    """
+    _set(f"mount {target} read only", _AT_FDCWD, target, _MOUNT_ATTR_RDONLY, 0)
 
 
 def unmount(target: str) -> None:
@@ -77,6 +102,22 @@ def _mount(source: str, target: str, fstype: str, flags: int, data: str) -> None
     if _libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]):
         error = os.strerror(ctypes.get_errno())
         raise ShimError("internal", f"mount {fstype or 'bind'} {source} on {target}: {error}")
+
+
+def _set(where: str, directory: int, path: str, attributes: int, propagation: int) -> None:
+    wanted = struct.pack("4Q", attributes, 0, propagation, 0)  # struct mount_attr
+    flags = _AT_RECURSIVE | (0 if path else _AT_EMPTY_PATH)
+    _call(where, _MOUNT_SETATTR, directory, path, flags, wanted, len(wanted))
+
+
+def _call(where: str, number: int, *arguments: int | str | bytes) -> int:
+    words = [os.fsencode(one) if isinstance(one, str) else one for one in arguments]
+    result: int = _libc.syscall(
+        *(ctypes.c_long(one) if isinstance(one, int) else one for one in (number, *words))
+    )
+    if result < 0:
+        raise ShimError("internal", f"{where}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def _unescaped(path: bytes) -> bytes:

@@ -17,6 +17,7 @@ from kata_shim.errors import ShimError
 from kata_shim.factory.launch import Launch
 from kata_shim.factory.take import kind, network_namespace
 from kata_shim.qemu.process import Process
+from kata_shim.vm import shared
 from kata_shim.vm.machine import Machine
 
 AT_ONCE = max(1, (os.cpu_count() or 1) // 2)  # VMs made at a time: sandboxes need the processors too
@@ -221,6 +222,7 @@ class Cache:
         except FileNotFoundError:
             return
         await vm.process.kill()
+        shared.release(ended)
         await asyncio.to_thread(shutil.rmtree, ended, ignore_errors=True)
 
     def tell(self) -> None:

@@ -22,6 +22,7 @@ import orjson
 
 from kata_shim.client import check_root
 from kata_shim.qemu.process import kill_by_log, read_start_time
+from kata_shim.vm import shared
 
 
 class Home:
@@ -107,6 +108,7 @@ class Home:
         except FileNotFoundError:
             return 0
         killed = await kill_by_log(*(directory / "qemu.log" for directory in directories))
+        shared.release(self._ended)
         shutil.rmtree(self._ended)
         return killed
 

@@ -20,8 +20,8 @@ from kata_shim.errors import ShimError
 
 # QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors. The
 # files of containers are of any owner, and the guest, which checks who may do what, makes them so
-# (capabilities(7)).
-_FOR_FILES = "+chown,+dac_override,+fowner,+fsetid,+mknod,+setfcap"
+# (capabilities(7)). No device is made: in a volume it would be there for whoever else has that, on the host.
+_FOR_FILES = "+chown,+dac_override,+fowner,+fsetid,+setfcap"
 SETPRIV = ["setpriv", "--no-new-privs", f"--bounding-set=-all,{_FOR_FILES}", "--inh-caps=-all", "--"]
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42  # linux/prctl.h

@@ -1,10 +1,11 @@
 """What of the host the guest sees: mounts in one directory of the sandbox's, and nothing outside of it.
 
-    <sandbox>/shared/<container id>/rootfs      the container's root file system
-                                    <number>    a bind mount of its config.json
+    <sandbox>/shared/guest/<container id>/rootfs      the container's root file system
+                                          <number>    a bind mount of its config.json
 
-What is read only is so here, on the host: the guest cannot change it whatever it does. Nothing is removed
-from below a mount: first all are gone, then directories that are empty.
+What is read only is so here, on the host, with all that is mounted below it: the guest cannot change it
+whatever it does; nor can it open a device. Mount points are made where the guest cannot write (shared.py).
+Nothing is removed from below a mount: first all are gone, then directories that are empty.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from kata_shim import mounts
 from kata_shim.errors import ShimError, invalid
+from kata_shim.quoting import quoted
+from kata_shim.vm.shared import GUEST, POINTS
 
 GUEST_DIRECTORY = "/run/kata-containers/shared/containers"  # where a stock Kata agent has it, too
 
@@ -28,58 +31,66 @@ class Shares:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._points = directory / POINTS
+        self._guest = directory / GUEST
 
     def mount_rootfs(self, container_id: str, wanted: Sequence[Mount], own: Path) -> str:
         """Mount a root file system, or share the bundle's `own`; return the guest's path.
 
         Raises ShimError; what was mounted by then stays until `release`.
         """
-        target = self._directory / container_id / "rootfs"
+        target = self._points / container_id / "rootfs"
         target.mkdir(mode=0o700, parents=True)
         for fstype, source, options in wanted:
+            # Not where the guest sees it: it is to see nothing that is not as it shall be.
             mounts.mount(source, str(target), fstype, options)
-        if not wanted:
-            mounts.mount(str(own), str(target), "", ("rbind",))
-        mounts.isolate(str(target))
-        return f"{GUEST_DIRECTORY}/{container_id}/rootfs"
+        shown = self._show(container_id, str(target if wanted else own), target.name, readonly=False)
+        mounts.unmount(str(target))
+        return shown
 
     def freeze_rootfs(self, container_id: str) -> None:
-        """Make a root file system read only."""
-        mounts.mount("", str(self._directory / container_id / "rootfs"), "", ("bind", "ro"))
+        """Make a root file system read only, once the guest's runtime has made mount points there."""
+        mounts.make_read_only(f"{self._guest}/{container_id}/rootfs")
 
     def bind(self, container_id: str, source: str, readonly: bool) -> str:
         """Share one more file or directory; return the guest's path. Raises ShimError."""
-        directory = self._directory / container_id
+        directory = self._points / container_id
         directory.mkdir(mode=0o700, exist_ok=True)
         target = directory / str(len(os.listdir(directory)))
         try:
             mode = os.stat(source).st_mode
         except OSError as error:
-            raise invalid(f"config.json: mounts: source: {source}: {error.strerror}") from None
+            raise invalid(f"config.json: mounts: source: {quoted(source)}: {error.strerror}") from None
         if stat.S_ISDIR(mode):
             target.mkdir()
         elif stat.S_ISREG(mode):
             target.touch()
         else:
-            raise invalid(f"config.json: mounts: source: {source} is neither a file nor a directory")
-        mounts.mount(source, str(target), "", ("rbind", "ro") if readonly else ("rbind",))
-        mounts.isolate(str(target))
-        return f"{GUEST_DIRECTORY}/{container_id}/{target.name}"
+            text = f"config.json: mounts: source: {quoted(source)} is neither a file nor a directory"
+            raise invalid(text)
+        return self._show(container_id, source, target.name, readonly=readonly)
+
+    def _show(self, container_id: str, source: str, name: str, *, readonly: bool) -> str:
+        mounts.share(source, f"{self._guest}/{container_id}/{name}", readonly=readonly)
+        return f"{GUEST_DIRECTORY}/{container_id}/{name}"
 
     def release(self, container_id: str) -> None:
         """Take a container's files away from the guest; raises ShimError where the host does not let go."""
-        self._clear(self._directory / container_id)
+        for directory in (self._guest, self._points):
+            _unmount_below(directory / container_id)
+        _remove(self._points / container_id)
 
     def release_all(self) -> None:
         """Take everything away; else as `release`."""
-        self._clear(self._directory)
+        _unmount_below(self._directory)
+        _remove(self._directory)
 
-    def _clear(self, directory: Path) -> None:
-        for point in mounts.below(str(directory)):
-            mounts.unmount(point)
-        if left := mounts.below(str(directory)):
-            raise ShimError("failed-precondition", f"{left[0]}: still mounted")
-        _remove(directory)
+
+def _unmount_below(directory: Path) -> None:
+    for point in mounts.below(str(directory)):
+        mounts.unmount(point)
+    if left := mounts.below(str(directory)):
+        raise ShimError("failed-precondition", f"{left[0]}: still mounted")
 
 
 def _remove(directory: Path) -> None:

@@ -24,11 +24,11 @@ from kata_shim.qemu import accelerator, cmdline, migration
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
+from kata_shim.vm import shared
 from kata_shim.vm.nics import Nics
 from kata_shim.vm.spec import describe, guest_cid, topology
 
 SOCKETS = ("qmp", "console", "agent")
-SHARED = "shared"  # the directory that the guest sees
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
 REHEARSALS = 16  # after eight calls of a function CPython begins to make its code faster
 END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
@@ -171,6 +171,8 @@ class Machine:
         if self._watcher is not None:
             # Whoever waits for QEMU hears its cause, not that we closed the channels.
             await asyncio.wait((self._watcher,), timeout=END_TIMEOUT)
+        if self._directory >= 0:
+            shared.release(self._near)
         await self.close()
 
     async def close(self) -> None:
@@ -230,11 +232,10 @@ class Machine:
         listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
         fds = {name: listener.fileno() for name, listener in listeners.items()}
         spec = replace(spec, qmp_fd=fds["qmp"], console_fd=fds["console"], guest_cid=cid)
-        (self._near / SHARED).mkdir(mode=0o700, exist_ok=True)
-        spec = replace(
-            spec, agent_fd=fds.get("agent", -1), shared_directory=f"{self._directory_path}/{SHARED}"
-        )
         try:
+            prepare = shared.prepare_nothing if started is None else shared.prepare
+            seen = prepare(self._directory_path)
+            spec = replace(spec, agent_fd=fds.get("agent", -1), shared_directory=seen)
             self.process = spawn(
                 cmdline.build(spec),
                 self._log,

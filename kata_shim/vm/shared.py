@@ -1,0 +1,43 @@
+"""The directory that a guest sees: read only, but for what is mounted in it.
+
+    <sandbox>/shared/points    where the host makes the mount points
+                    /guest     the same, mounted read only: the guest's, and where things are mounted for it
+
+The guest, which is not trusted, so can neither put a symbolic link where the host is to mount next
+(CVE-2020-2026), nor fill the host's /run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kata_shim import mounts
+
+SHARED = "shared"
+POINTS, GUEST = "points", "guest"
+
+
+def prepare(directory: Path) -> str:
+    """Make a machine's shared directory, and return the guest's part; raises ShimError.
+
+    The mount point's own name stays: what is above it can be moved, as to a sandbox that takes the machine.
+    """
+    points, guest = directory / SHARED / POINTS, directory / SHARED / GUEST
+    for path in (points, guest):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.path.ismount(guest):
+        mounts.share(str(points), str(guest), readonly=True)
+    return str(guest)
+
+
+def prepare_nothing(directory: Path) -> str:
+    """As `prepare`, an empty directory that stays so: of a guest in which nobody runs anything."""
+    (directory / SHARED).mkdir(mode=0o700, exist_ok=True)
+    return str(directory / SHARED)
+
+
+def release(directory: Path) -> None:
+    """Unmount all below a machine's directory; its files stay."""
+    for point in mounts.below(os.path.realpath(directory)):
+        mounts.unmount(point)
