@@ -133,14 +133,14 @@ def _answer_deleted() -> None:
 
 
 def _runtime_info() -> bytes:
-    """Return a containerd.types.RuntimeInfo: field 1 our name, field 2 a RuntimeVersion, of field 1 a version."""
+    """Return a containerd.types.RuntimeInfo: field 1 our name, field 2.1 our version."""
     from kata_shim import __version__
 
     return _bytes_field(1, RUNTIME.encode()) + _bytes_field(2, _bytes_field(1, __version__.encode()))
 
 
 def _bootstrap_id(data: bytes) -> bytes:
-    """Return field 1 of the BootstrapParams that containerd 2.3 and later writes to `start`; b"" without one."""
+    """Return field 1 of the BootstrapParams that containerd writes to `start` from 2.3 on; b"" without."""
     length = data[1] if data[:1] == b"\x0a" and len(data) > 1 else 0
     return data[2 : 2 + length] if 0 < length < 0x80 else b""  # an id is no longer
 
