@@ -28,8 +28,8 @@ from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
 from kata_shim.sandbox.shares import Shares
+from kata_shim.vm import shared
 from kata_shim.vm.machine import Machine, Step
-from kata_shim.vm.shared import SHARED
 
 ASKED_TIMEOUT = 2.0  # seconds between a shim's first breath and the start its starter asks for
 MAX_WATCHED = 1024  # events that wait for a watcher who does not read
@@ -200,7 +200,7 @@ class Sandbox:
         self._containers = Containers(
             self.id,
             GuestContainers(machine.agent),
-            Shares(self.directory / SHARED),
+            Shares(self.directory / shared.SHARED),
             self._container_names,
             lambda: self.record.pid,
             self.note_containers,
@@ -267,7 +267,7 @@ class Sandbox:
         the next delete tries again.
         """
         try:
-            Shares(self.directory / SHARED).release_all()
+            shared.release(self.directory)
             await asyncio.to_thread(remove_tree, str(self.directory))
         except (ShimError, OSError) as error:
             reason = error.message if isinstance(error, ShimError) else f"{error.filename}: {error.strerror}"

@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from kata_shim import mounts
-from kata_shim.errors import ShimError, invalid
+from kata_shim.errors import invalid
 from kata_shim.quoting import quoted
-from kata_shim.vm.shared import GUEST, POINTS
+from kata_shim.vm import shared
 
 GUEST_DIRECTORY = "/run/kata-containers/shared/containers"  # where a stock Kata agent has it, too
 
@@ -31,8 +31,8 @@ class Shares:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._points = directory / POINTS
-        self._guest = directory / GUEST
+        self._points = directory / shared.POINTS
+        self._guest = directory / shared.GUEST
 
     def mount_rootfs(self, container_id: str, wanted: Sequence[Mount], own: Path) -> str:
         """Mount a root file system, or share the bundle's `own`; return the guest's path.
@@ -77,20 +77,8 @@ class Shares:
     def release(self, container_id: str) -> None:
         """Take a container's files away from the guest; raises ShimError where the host does not let go."""
         for directory in (self._guest, self._points):
-            _unmount_below(directory / container_id)
+            shared.release(directory / container_id)
         _remove(self._points / container_id)
-
-    def release_all(self) -> None:
-        """Take everything away; else as `release`."""
-        _unmount_below(self._directory)
-        _remove(self._directory)
-
-
-def _unmount_below(directory: Path) -> None:
-    for point in mounts.below(str(directory)):
-        mounts.unmount(point)
-    if left := mounts.below(str(directory)):
-        raise ShimError("failed-precondition", f"{left[0]}: still mounted")
 
 
 def _remove(directory: Path) -> None:

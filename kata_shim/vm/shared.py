@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from kata_shim import mounts
+from kata_shim.errors import ShimError
 
 SHARED = "shared"
 POINTS, GUEST = "points", "guest"
@@ -38,6 +39,9 @@ def prepare_nothing(directory: Path) -> str:
 
 
 def release(directory: Path) -> None:
-    """Unmount all below a machine's directory; its files stay."""
-    for point in mounts.below(os.path.realpath(directory)):
+    """Unmount all below a directory, whose files stay; raises ShimError where the host does not let go."""
+    real = os.path.realpath(directory)
+    for point in mounts.below(real):
         mounts.unmount(point)
+    if left := mounts.below(real):
+        raise ShimError("failed-precondition", f"{left[0]}: still mounted")
