@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from kata_shim.agent import Agent
+from kata_shim.contract.oci import SANDBOX_SHM
 from kata_shim.errors import invalid
 from kata_shim.protos import agent_pb2, oci_pb2
 from kata_shim.protos.services import AGENT_SERVICE
@@ -24,13 +25,22 @@ class Containers:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
-    async def share(self, sandbox_id: str, tag: str, directory: str, options: list[str], **more: Any) -> None:
-        """Have the guest mount the machine's 9p file system `tag`."""
-        storage = agent_pb2.Storage(
-            driver="9p", source=tag, fstype="9p", mount_point=directory, options=options
-        )
+    async def share(
+        self, sandbox_id: str, tag: str, directory: str, options: list[str], *, shm: int, **more: Any
+    ) -> None:
+        """Have the guest mount the machine's 9p file system `tag`, and a /dev/shm of `shm` bytes for pods."""
+        storages = [
+            agent_pb2.Storage(driver="9p", source=tag, fstype="9p", mount_point=directory, options=options),
+            agent_pb2.Storage(
+                driver="ephemeral",
+                source="shm",
+                fstype="tmpfs",
+                mount_point=SANDBOX_SHM,
+                options=["nosuid", "noexec", "nodev", "mode=1777", f"size={shm}"],
+            ),
+        ]
         request = agent_pb2.CreateSandboxRequest(
-            hostname=sandbox_id, sandbox_id=sandbox_id, storages=[storage], **more
+            hostname=sandbox_id, sandbox_id=sandbox_id, storages=storages, **more
         )
         await self._call("CreateSandbox", request, RUNTIME_TIMEOUT)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from kata_shim.errors import invalid
 
-_NOT_IN_THE_GUEST = frozenset({"network", "cgroup", "user", "time"})  # namespaces
-_KEPT_RESOURCES = frozenset({"memory", "cpu"})
+_NOT_IN_THE_GUEST = frozenset({"network", "user", "time"})  # namespaces
+_KEPT_RESOURCES = frozenset({"memory", "cpu", "pids"})
 _OF_THE_HOSTS_PROCESSORS = ("cpus", "mems")
 _OF_THE_SYSTEM = ("/proc", "/sys", "/dev")  # the guest has its own below these
 _SHM = "/dev/shm"
+SANDBOX_SHM = "/run/kata-containers/sandbox/shm"  # the guest's, of all containers of a pod, where Kata has it
 _PROPAGATION = frozenset(
     {"private", "rprivate", "shared", "rshared", "slave", "rslave", "unbindable", "runbindable"}
 )
@@ -50,6 +51,14 @@ class Bundle:
     def hooks(self) -> Json:
         """The hooks, which are the host's business."""
         return _object(self.spec, "hooks")
+
+    @property
+    def shm(self) -> str:
+        """The host's directory that is to be /dev/shm; "" where the container has its own."""
+        for mount in self.spec.get("mounts") or []:
+            if mount.get("destination") == _SHM and _is_bind(mount):
+                return str(mount.get("source", ""))
+        return ""
 
 
 def default_spec(rootfs: str, args: list[str], env: list[str], cwd: str, *, terminal: bool) -> Json:
@@ -116,7 +125,10 @@ def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[
         "mounts": [made for mount in spec.get("mounts") or [] if (made := _mount(mount, share))],
         "linux": {
             "namespaces": namespaces,
-            "resources": resources(_object(linux, "resources")),
+            "resources": {
+                **resources(_object(linux, "resources")),
+                "devices": _device_rules(_object(linux, "resources")),
+            },
             **{
                 name: linux[name]
                 for name in ("sysctl", "maskedPaths", "readonlyPaths", "rootfsPropagation")
@@ -137,25 +149,44 @@ def resources(given: Json) -> Json:
     return kept
 
 
+def _device_rules(given: Json) -> list[Json]:
+    """Return which of the guest's devices may be opened, beyond those that each container has anyway.
+
+    All for a container that may have all of the host's, else none: the guest's memory is one (CVE-2020-2023).
+    """
+    rules = given.get("devices") or []
+    everything = any(
+        one.get("allow") and one.get("type") in (None, "", "a") and one.get("major") in (None, -1)
+        for one in rules
+        if isinstance(one, dict)
+    )
+    return [{"allow": everything, "access": "rwm"}]
+
+
 def _namespaces(given: list[Json]) -> tuple[list[Json], bool]:
     kept = [{"type": one["type"]} for one in given if one.get("type") not in _NOT_IN_THE_GUEST]
     shares_pids = any(one.get("type") == "pid" and one.get("path") for one in given)
-    # Without one of its own it would have the guest's: the agent's, and every other container's.
-    for name in ("pid", "mount", "ipc", "uts"):
+    # Without one of its own it would have the guest's: the agent's, and every other container's. A host with
+    # control groups of version 1 asks for none of those; the guest has version 2.
+    for name in ("pid", "mount", "ipc", "uts", "cgroup"):
         if {"type": name} not in kept:
             kept.append({"type": name})
             shares_pids = shares_pids or name == "pid"
     return kept, shares_pids
 
 
+def _is_bind(mount: Json) -> bool:
+    options = mount.get("options") or []
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
 def _mount(mount: Json, share: Share) -> Json | None:
     destination, options = str(mount.get("destination", "")), [str(one) for one in mount.get("options") or []]
     if not destination.startswith("/"):
         raise invalid(f"config.json: mounts: destination: {destination!a} is not absolute")
-    is_bind = mount.get("type") == "bind" or "bind" in options or "rbind" in options
+    is_bind = _is_bind(mount)
     if destination == _SHM and is_bind:
-        kept = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]
-        return {"destination": _SHM, "type": "tmpfs", "source": "shm", "options": kept}
+        return {"destination": _SHM, "type": "bind", "source": SANDBOX_SHM, "options": ["bind", *_SAFE]}
     if not is_bind:
         return {**mount, "options": options}
     source = str(mount.get("source", ""))

@@ -30,6 +30,7 @@ from kata_shim.protos import agent_pb2
 from kata_shim.sandbox import hooks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
+from kata_shim.sandbox.sizing import shm_size
 from kata_shim.sandbox.stdio import Stdio
 
 DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
@@ -173,7 +174,7 @@ class Containers:
             spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
             process = Process(container_id, "", bundle, stdio())
             undo.push_async_callback(process.stdio.close)
-            await self._share()
+            await self._share(shm_size(described.shm))
             await self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
             undo.push_async_callback(self._guest.remove, container_id)
             if described.readonly:  # the runtime has made its mount points by now
@@ -362,14 +363,19 @@ class Containers:
             process.waiter.cancel()
         await process.stdio.close()
 
-    async def _share(self) -> None:
+    async def _share(self, shm: int) -> None:
         """Have the guest see what is shared, once."""
         async with self._sharing:
             if self._shared:
                 return
             options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={self._msize}", "nodev"]
             await self._guest.share(
-                self._sandbox_id, "kataShared", GUEST_DIRECTORY, options, guest_hook_path=self._hook_path
+                self._sandbox_id,
+                "kataShared",
+                GUEST_DIRECTORY,
+                options,
+                shm=shm,
+                guest_hook_path=self._hook_path,
             )
             self._shared = True
             self._watching = asyncio.ensure_future(self._watch_memory())

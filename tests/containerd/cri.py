@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from tests.containerd import api_pb2 as api
 from tests.containerd.daemon import PATIENCE, RUNTIME, Containerd, containerd
 from tests.containerd.images import write_image
 
+LOOK = 0.02  # seconds between two looks
 HANDLER = "kata"
 PAUSE = "localhost/pause:1"
 BUSYBOX = "localhost/busybox:1"
@@ -109,6 +112,14 @@ class Pod:
         assert isinstance(status, api.ContainerStatus)
         return status
 
+    def await_end(self, container: str) -> api.ContainerStatus:
+        """Wait until containerd knows that a container has ended: of which it tells nobody."""
+        deadline = time.monotonic() + PATIENCE
+        while (status := self.status(container)).state == api.CONTAINER_RUNNING:
+            assert time.monotonic() < deadline, status
+            select.select([], [], [], LOOK)
+        return status
+
     def log(self, name: str) -> list[list[str]]:
         """The log of a container: each line's time, stream, tag and text."""
         lines = Path(self.config.log_directory, f"{name}.log").read_text().splitlines()
@@ -121,6 +132,7 @@ class Kubelet:
 
     cri: Cri
     ctr: Containerd
+    root: Path
     logs: Path
 
     def run(self, name: str, *, pid: api.NamespaceMode = api.CONTAINER, **linux: Any) -> Pod:
@@ -170,4 +182,4 @@ def kubelet(directory: Path, root: Path, config: Path, rootfs: Path) -> Iterator
             assert imported.status == 0, imported
             archive.unlink()
         with grpc.insecure_channel(f"unix:{directory}/containerd.sock") as channel:
-            yield Kubelet(Cri(channel), daemon, directory / "pods")
+            yield Kubelet(Cri(channel), daemon, root, directory / "pods")
