@@ -54,12 +54,12 @@ class Tasks:
         self._listening = await loop.create_unix_server(lambda: _Protocol(self._server), sock=self._listener)
 
     async def close(self) -> None:
-        """Forward the last events, and stop answering."""
-        await self._publisher.close(EVENTS_TIMEOUT)
+        """Stop answering whoever comes now, and forward the last events."""
         self._listening.close()
         if self._sandbox.gone.is_set():
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
+        await self._publisher.close(EVENTS_TIMEOUT)
 
     def _shut_down(self) -> None:
         if self._deleting is None:

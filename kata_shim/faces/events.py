@@ -20,7 +20,7 @@ from kata_shim.ttrpc.client import Client
 
 _SERVICE = "containerd.services.events.ttrpc.v1.Events"
 _TIMEOUT = 5.0  # seconds for containerd to take one
-_RETRY = 1.0  # seconds between tries to reach a containerd that is being restarted
+_RETRY = 0.2  # seconds between tries to reach a containerd that is being restarted
 _MOST = 2048  # events that wait; beyond them the oldest is lost, as in containerd's own shims
 
 

@@ -41,6 +41,8 @@ class Containerd:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
+        # Where one was killed a socket is left, and nobody at it: `ctr` waits only while there is none.
+        (self.directory / "containerd.sock").unlink(missing_ok=True)
         log = (self.directory / "log").open("ab")
         self.process = subprocess.Popen(
             ["containerd", "-c", self.directory / "config.toml"],
