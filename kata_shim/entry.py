@@ -17,9 +17,7 @@ from kata_shim.errors import ShimError, invalid
 SOCKETS = "/run/containerd/s"  # where containerd's own shims have theirs
 RUNTIME = "io.containerd.kata.v2"
 KILLED = 137  # the exit status of what a shim that died has left
-SILENCE = (
-    1.0  # seconds until a shim is asked whether it lives, and for its answer; containerd kills us after 5
-)
+SILENCE = 1.0  # seconds until a shim is asked whether it lives, and as many to answer; we have 5 in all
 CONFIG_MOST = 4 << 20  # bytes of a config.json
 STDIN_MOST = 4 << 20  # bytes of what containerd gives us to read
 _OURS = ("serve", "check", "zygote", "factory")
