@@ -48,10 +48,19 @@ class Children:
         self._reap()
 
     def spawn(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, stdin: int, stdout: int, stderr: int
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        program: str | None = None,
     ) -> Child:
         """Start a process in a session of its own; its streams are given as subprocess.Popen takes them.
 
+        `program` is the file to be run if argv[0] is only what it is called.
         Raises `not-found`, `permission-denied` or `invalid-argument`, saying what of it cannot be run.
         """
         if not argv:
@@ -59,6 +68,7 @@ class Children:
         try:
             process = subprocess.Popen(
                 argv,
+                executable=program,
                 bufsize=0,
                 env=env,
                 cwd=cwd,

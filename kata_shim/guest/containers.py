@@ -25,6 +25,7 @@ from kata_shim.guest import cgroup, oci, storage
 from kata_shim.guest.children import Children
 from kata_shim.guest.process import Process
 from kata_shim.guest.runtime import Runtime
+from kata_shim.guest.sealed import Program
 from kata_shim.protos import agent_pb2
 
 MAX_CONTAINERS = 256
@@ -41,7 +42,7 @@ _T = TypeVar("_T")
 class Container:
     """One container."""
 
-    def __init__(self, container_id: str, first: str, program: str, children: Children) -> None:
+    def __init__(self, container_id: str, first: str, program: Program, children: Children) -> None:
         self.id = container_id
         self.directory = f"{_RUN}/{container_id}"
         self.first = first  # the exec_id of its first process
@@ -60,9 +61,9 @@ class Container:
 
 
 class Containers:
-    """All containers; `runtime` is the OCI runtime's program, crun or runc."""
+    """All containers; `runtime` is the OCI runtime, crun or runc."""
 
-    def __init__(self, children: Children, runtime: str) -> None:
+    def __init__(self, children: Children, runtime: Program) -> None:
         self._children = children
         self._runtime = runtime
         self._containers: dict[str, Container] = {}

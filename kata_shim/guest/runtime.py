@@ -18,6 +18,7 @@ from typing import Any
 from kata_shim.errors import ShimError
 from kata_shim.guest.children import Children
 from kata_shim.guest.process import Process, Streams
+from kata_shim.guest.sealed import Program
 
 _STATE = "/run/kata-containers/runtime"
 
@@ -25,9 +26,9 @@ _STATE = "/run/kata-containers/runtime"
 class Runtime:
     """Runs the program's commands for one container, one at a time: it refuses two at once."""
 
-    def __init__(self, program: str, children: Children, container_id: str, directory: str) -> None:
+    def __init__(self, program: Program, children: Children, container_id: str, directory: str) -> None:
         """Work in `directory`, the container's bundle."""
-        self._program = program
+        self._program, self._path = program
         self._children = children
         self._id = container_id
         self._directory = directory
@@ -103,7 +104,13 @@ class Runtime:
         argv = [self._program, f"--root={_STATE}", f"--log={log}", *words]
         async with self._lock:
             child = self._children.spawn(
-                argv, env=os.environ, cwd="/", stdin=stdin, stdout=stdout, stderr=stderr
+                argv,
+                env=os.environ,
+                cwd="/",
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                program=self._path,
             )
             if status := await child.exited:
                 why = _last_words(log) or f"exit status {status}"

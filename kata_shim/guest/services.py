@@ -18,6 +18,7 @@ from kata_shim.guest.containers import Containers
 from kata_shim.guest.identity import Identity
 from kata_shim.guest.network import Interfaces
 from kata_shim.guest.relay import Relays
+from kata_shim.guest.sealed import seal
 from kata_shim.netconf import link, neighbour, route
 from kata_shim.netconf.netlink import Netlink
 from kata_shim.protos import agent_pb2, guest_pb2, health_pb2, types_pb2
@@ -39,7 +40,7 @@ class Agent:
         self.netlink = netlink
         self.interfaces = Interfaces(netlink, monitor)
         self.children = children
-        self.containers = Containers(children, "crun")
+        self.containers = Containers(children, seal("crun"))
         self.identity = Identity()
         self.sandbox_id = ""
 
