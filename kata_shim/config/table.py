@@ -87,8 +87,8 @@ class Hypervisor:
     """[hypervisor.qemu]"""
 
     path: str = setting("/usr/bin/qemu-system-x86_64", _path, acted=True)
-    kernel: str = setting("/var/lib/kata-shim-5/guest/vmlinux", _path, acted=True)
-    initrd: str = setting("/var/lib/kata-shim-5/guest/initrd", _path_or_none, acted=True)
+    kernel: str = setting("/var/lib/kata-shim/guest/vmlinux", _path, acted=True)
+    initrd: str = setting("/var/lib/kata-shim/guest/initrd", _path_or_none, acted=True)
     image: str = setting("", _path_or_none)
     machine_type: str = setting("q35", one_of("q35", "pc", "virt"), acted=True)
     kernel_params: str = setting("", _kernel_params, acted=True)
