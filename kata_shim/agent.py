@@ -95,6 +95,12 @@ class Agent:
             await self.create_sandbox(sandbox_id)
         await self.set_time()
 
+    async def online_cpus(self, count: int) -> None:
+        """Have the guest use so many CPUs that were plugged in."""
+        await self.call(
+            AGENT_SERVICE, "OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(nb_cpus=count, cpu_only=True)
+        )
+
     async def stand_still(self) -> None:
         """Have the agent do nothing but wait for a call: a saved guest has little to wake from then."""
         await self._ours("StandStill", guest_pb2.StandStillRequest())

@@ -95,13 +95,13 @@ class Hypervisor:
     firmware: str = setting("", _path_or_none, acted=True)
     machine_accelerators: str = setting("", _accelerators, acted=True)
     default_vcpus: int = setting(1, acted=True)
-    default_maxvcpus: int = setting(0, within(0, MAXVCPUS_MOST))
+    default_maxvcpus: int = setting(0, within(0, MAXVCPUS_MOST), acted=True)
     default_root_ports: int = setting(ROOT_PORTS_MOST, within(0, 0xFFFFFFFF), acted=True)
     default_bridges: int = setting(1, within(0, 0xFFFFFFFF), acted=True)
     default_memory: int = setting(1024, within(300, 524288, " MiB"), acted=True)
     # ACPI_MAX_RAM_SLOTS of QEMU's include/hw/acpi/acpi.h.
-    memory_slots: int = setting(10, within(0, 256))
-    memory_offset: int = setting(0, within(0, 0xFFFFFFFF, " MiB"))
+    memory_slots: int = setting(10, within(0, 256), acted=True)
+    memory_offset: int = setting(0, within(0, 0xFFFFFFFF, " MiB"), acted=True)
     disable_block_device_use: bool = setting(False)
     shared_fs: str = setting("virtio-9p", one_of("virtio-9p", "virtio-fs"))
     virtio_fs_daemon: str = setting("/usr/lib/qemu/virtiofsd", _path_or_none)
@@ -188,7 +188,7 @@ class Runtime:
     """[runtime]"""
 
     enable_debug: bool = setting(False, acted=True)
-    enable_cpu_memory_hotplug: bool = setting(False)
+    enable_cpu_memory_hotplug: bool = setting(False, acted=True)
     internetworking_model: str = setting("tcfilter", one_of("macvtap", "tcfilter", "bridged", "none"))
     disable_guest_seccomp: bool = setting(True)
     enable_tracing: bool = setting(False)

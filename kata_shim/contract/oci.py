@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kata_shim.errors import invalid
 
@@ -39,6 +39,13 @@ Json = dict[str, Any]
 Share = Callable[[str, bool], str]  # a path of the host's, and whether to be read only -> the guest's path
 
 
+class Wants(NamedTuple):
+    """What a container may use, as far as it is limited: thousandths of a processor, bytes of memory."""
+
+    cpu: int = 0
+    memory: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """What a shim has to know of a config.json."""
@@ -51,6 +58,11 @@ class Bundle:
     def hooks(self) -> Json:
         """The hooks, which are the host's business."""
         return _object(self.spec, "hooks")
+
+    @property
+    def wants(self) -> Wants:
+        """What the container may use."""
+        return wants(_object(_object(self.spec, "linux"), "resources"))
 
     @property
     def shm(self) -> str:
@@ -161,6 +173,17 @@ def _device_rules(given: Json) -> list[Json]:
         if isinstance(one, dict)
     )
     return [{"allow": everything, "access": "rwm"}]
+
+
+def wants(given: Json) -> Wants:
+    """Return what such resources let a container use; of what is not limited, nothing. Raises ShimError."""
+    cpu, memory = _object(given, "cpu"), _object(given, "memory")
+    try:
+        quota, period = int(cpu.get("quota") or 0), int(cpu.get("period") or 0)
+        limit = int(memory.get("limit") or 0)
+    except (TypeError, ValueError):
+        raise invalid("resources: cpu.quota, cpu.period and memory.limit: not all are integers") from None
+    return Wants(-(-quota * 1000 // period) if quota > 0 and period > 0 else 0, max(0, limit))
 
 
 def _namespaces(given: list[Json]) -> tuple[list[Json], bool]:

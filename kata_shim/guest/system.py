@@ -95,12 +95,18 @@ def has_memory_probe() -> bool:
 
 
 def online(cpus: int, *, memory: bool) -> None:
-    """Bring so many processors that were hot-plugged online, and all memory that was."""
-    for path in sorted(glob.glob(f"{_CPUS}/cpu[0-9]*/online"))[: cpus or None]:
+    """Bring so many processors that are offline online, and all memory that is; 0 is every processor."""
+    offline = [path for path in sorted(glob.glob(f"{_CPUS}/cpu[0-9]*/online")) if not _is_on(path)]
+    for path in offline[: cpus or None]:
         _turn_on(path)
     if memory:
         for path in glob.glob(f"{_MEMORY}/memory*/state"):
             _turn_on(path, "online_movable", "online")
+
+
+def _is_on(path: str) -> bool:
+    with open(path) as file:
+        return file.read().strip() == "1"
 
 
 def _turn_on(path: str, value: str = "1", already: str = "1") -> None:

@@ -20,11 +20,12 @@ TCG_CPU_MODEL = "max,-rdrand,-rdseed,-la57"
 class MachineSpec:
     """Everything that decides how QEMU is started; what configuration.toml sets has its name there.
 
-    `default_memory` is in MiB. The three `*_fd` are listening unix sockets that QEMU inherits by number;
-    `agent_fd` -1 leaves the virtio-serial channel out (vsock instead: `guest_cid` above 2). `memory_path` is
-    a file of that size that holds the guest's memory; without one it is a memfd if `shared_memory`, else
-    QEMU's own. `shared_directory` is the guest's 9p file system SHARED_TAG. A machine that is `incoming`
-    waits for its saved state and does not boot.
+    `default_memory` and `max_memory` are in MiB; a maximum of 0 is what there is from the start. The three
+    `*_fd` are listening unix sockets that QEMU inherits by number; `agent_fd` -1 leaves the virtio-serial
+    channel out (vsock instead: `guest_cid` above 2). `memory_path` is a file of that size that holds the
+    guest's memory; without one it is a memfd if `shared_memory`, else QEMU's own. `shared_directory` is
+    the guest's 9p file system SHARED_TAG. A machine that is `incoming` waits for its saved state and does
+    not boot.
     """
 
     name: str
@@ -50,6 +51,9 @@ class MachineSpec:
     shared_directory: str = ""
     incoming: bool = False
     enable_debug: bool = False
+    max_vcpus: int = 0
+    max_memory: int = 0
+    memory_slots: int = 0
 
     @property
     def huge_pages(self) -> bool:
@@ -109,7 +113,18 @@ def _machine(spec: MachineSpec) -> list[str]:
     extra = ",".join(word.strip() for word in spec.machine_accelerators.split(",") if word.strip())
     machine = keyval(spec.topology.machine_type, properties) + (f",{extra}" if extra else "")
     argv = ["-machine", machine, "-cpu", spec.cpu_model or default_cpu_model(spec.accelerator)]
-    return [*argv, "-smp", str(spec.default_vcpus), "-m", f"{spec.default_memory}M", *memory]
+    return [*argv, "-smp", _vcpus(spec), "-m", _memory_size(spec), *memory]
+
+
+def _vcpus(spec: MachineSpec) -> str:
+    more = f",maxcpus={spec.max_vcpus}" if spec.max_vcpus > spec.default_vcpus else ""
+    return f"{spec.default_vcpus}{more}"
+
+
+def _memory_size(spec: MachineSpec) -> str:
+    can_grow = spec.memory_slots and spec.max_memory > spec.default_memory
+    more = f",slots={spec.memory_slots},maxmem={spec.max_memory}M" if can_grow else ""
+    return f"{spec.default_memory}M{more}"
 
 
 def _memory(spec: MachineSpec) -> list[str]:

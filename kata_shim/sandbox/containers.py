@@ -30,7 +30,7 @@ from kata_shim.protos import agent_pb2
 from kata_shim.sandbox import hooks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
-from kata_shim.sandbox.sizing import shm_size
+from kata_shim.sandbox.sizing import shm_size, together
 from kata_shim.sandbox.stdio import Stdio
 
 DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
@@ -40,6 +40,7 @@ SPEC_MOST = 4 << 20  # bytes of a config.json
 WAITS = 8  # as often is a process waited for anew whose guest was cut off; more is no accident
 
 Tell = Callable[[str, "Process"], None]
+Grow = Callable[[int, int], Awaitable[None]]  # so many more virtual CPUs, and MiB, than at the start
 
 
 class Process:
@@ -80,6 +81,7 @@ class Container:
         self.rootfs = rootfs
         self.processes: dict[str, Process] = {}
         self.hooks: dict[str, Any] = {}
+        self.wants = oci.Wants()
 
     @property
     def first(self) -> Process:
@@ -102,6 +104,7 @@ class Containers:
         msize: int,
         seccomp: bool,
         hook_path: str,
+        grow: Grow | None = None,
     ) -> None:
         self._sandbox_id = sandbox_id
         self._guest = guest
@@ -117,6 +120,7 @@ class Containers:
         self._is_closed = False
         self._note = note  # puts on record that there are containers
         self.pid = pid
+        self._grow = grow
         self.tell: Tell = lambda _event, _process: None
 
     def __bool__(self) -> bool:
@@ -175,6 +179,8 @@ class Containers:
             process = Process(container_id, "", bundle, stdio())
             undo.push_async_callback(process.stdio.close)
             await self._share(shm_size(described.shm))
+            container.wants = described.wants
+            await self._fit()
             await self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
             undo.push_async_callback(self._guest.remove, container_id)
             if described.readonly:  # the runtime has made its mount points by now
@@ -271,9 +277,12 @@ class Containers:
 
     async def update(self, container_id: str, resources: object) -> None:
         """Change a container's limits."""
-        self.find(container_id)
+        container = self.find(container_id)
         if not isinstance(resources, dict):
             raise invalid("resources: not an object")
+        given = oci.wants(resources)
+        container.wants = oci.Wants(given.cpu or container.wants.cpu, given.memory or container.wants.memory)
+        await self._fit()
         await self._guest.update(container_id, oci.resources(resources))
 
     async def stats(self, container_id: str) -> agent_pb2.CgroupStats:
@@ -362,6 +371,15 @@ class Containers:
         if process.waiter is not None:
             process.waiter.cancel()
         await process.stdio.close()
+
+    async def _fit(self) -> None:
+        """Have the machine grow to what its containers may use; one that cannot must do for them as it is."""
+        if self._grow is None:
+            return
+        try:
+            await self._grow(*together(one.wants for one in self._containers.values()))
+        except ShimError as error:
+            log.warning("the machine does not grow", error=error.message)
 
     async def _share(self, shm: int) -> None:
         """Have the guest see what is shared, once."""

@@ -207,6 +207,7 @@ class Sandbox:
             msize=settings.hypervisor.msize_9p,
             seccomp=not settings.runtime.disable_guest_seccomp,
             hook_path=settings.hypervisor.guest_hook_path,
+            grow=machine.growth.grow if settings.runtime.enable_cpu_memory_hotplug else None,
         )
         self.lifecycle.state = "running"
         self._spawn(self._watch_machine(machine))

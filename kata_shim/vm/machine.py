@@ -25,8 +25,9 @@ from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.vm import shared
+from kata_shim.vm.growth import Growth
 from kata_shim.vm.nics import Nics
-from kata_shim.vm.spec import describe, guest_cid, topology
+from kata_shim.vm.spec import describe, guest_cid, limits, topology
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
@@ -53,11 +54,13 @@ class Machine:
         """Prepare the sandbox in `directory`; `accelerators` is the file that remembers trials."""
         self._hypervisor = hypervisor = config.hypervisor
         self.topology = topology(hypervisor)
+        self._most = limits(config, _host_memory())
         self.accelerator = ""
         self._cpu_model = hypervisor.cpu_model
         self._accelerators = accelerators
         self.console = Console()
         self.nics = Nics(self, hypervisor)
+        self.growth = Growth(self, hypervisor, self._most)
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.process: Process
         self.monitor: Monitor
@@ -83,7 +86,7 @@ class Machine:
 
     def describe(self) -> cmdline.MachineSpec:
         """Return what decides whether a saved state is one of this machine; the accelerator is chosen."""
-        return describe(self._hypervisor, self.accelerator, self._cpu_model, self.topology)
+        return describe(self._hypervisor, self.accelerator, self._cpu_model, self.topology, self._most)
 
     async def boot(self, name: str, uuid: str, started: Started, step: Step) -> None:
         """Start QEMU and wait until the guest's agent answers.
@@ -336,3 +339,8 @@ class Machine:
             async with self.monitor.events("SHUTDOWN") as events:
                 data = (await events.next())["data"]
                 self._reason = str(data["reason"]) if isinstance(data, dict) else ""
+
+
+def _host_memory() -> int:
+    """Return the host's memory in MiB."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from kata_shim.config import Hypervisor
+from typing import NamedTuple
+
+from kata_shim.config import Config, Hypervisor
 from kata_shim.qemu.cmdline import MachineSpec
 from kata_shim.qemu.topology import Topology
 
+# The guest's kernel takes what memory it is given into use by itself.
+_GROWING = "memhp_default_state=online "
 NOBODY = "00000000-0000-0000-0000-000000000000"  # the uuid of a machine that is no sandbox's
+
+
+class Limits(NamedTuple):
+    """What a machine may grow to: virtual CPUs, MiB, and in how many pieces the memory may come."""
+
+    vcpus: int = 0
+    memory: int = 0
+    slots: int = 0
+
+
+def limits(config: Config, host_memory: int) -> Limits:
+    """Return what a machine may grow to on a host of so many MiB; where it may not, nothing."""
+    hypervisor = config.hypervisor
+    if not config.runtime.enable_cpu_memory_hotplug:
+        return Limits()
+    memory = host_memory + hypervisor.memory_offset
+    return Limits(hypervisor.default_maxvcpus, memory, hypervisor.memory_slots)
 
 
 def topology(hypervisor: Hypervisor) -> Topology:
@@ -21,7 +42,11 @@ def kernel_params(hypervisor: Hypervisor) -> str:
 
 
 def describe(
-    hypervisor: Hypervisor, accelerator: str, cpu_model: str, slots: Topology | None = None
+    hypervisor: Hypervisor,
+    accelerator: str,
+    cpu_model: str,
+    slots: Topology | None = None,
+    most: Limits = Limits(),  # noqa: B008  of numbers
 ) -> MachineSpec:
     """Return the machine without what is a sandbox's own: its name, uuid, sockets, memory and context id.
 
@@ -39,13 +64,16 @@ def describe(
         default_memory=hypervisor.default_memory,
         qmp_fd=-1,
         console_fd=-1,
-        kernel_params=kernel_params(hypervisor),
+        kernel_params=(_GROWING if most.slots else "") + kernel_params(hypervisor),
         machine_accelerators=hypervisor.machine_accelerators,
         cpu_model=cpu_model,
         firmware=hypervisor.firmware,
         entropy_source=hypervisor.entropy_source,
         shared_memory=hypervisor.shared_memory,
         enable_debug=hypervisor.enable_debug,
+        max_vcpus=most.vcpus,
+        max_memory=most.memory,
+        memory_slots=most.slots,
     )
 
 

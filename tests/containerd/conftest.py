@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.containerd.cri import Kubelet, kubelet
+from tests.containerd.cri import HANDLER, Kubelet, kubelet
 from tests.containerd.daemon import Containerd, containerd
 from tests.rootfs import make_rootfs
 from tests.support import shipped
@@ -37,7 +38,14 @@ def rootfs(root: Path) -> Path:
 @pytest.fixture(scope="session")
 def cri(root: Path, rootfs: Path) -> Iterator[Kubelet]:
     """A containerd with its CRI plugin."""
-    with kubelet(root / "cri", root, shipped(root, accelerator="tcg"), rootfs) as started:
+    growing: dict[str, Any] = {"accelerator": "tcg", "enable_cpu_memory_hotplug": True, "default_maxvcpus": 3}
+    handlers = {
+        HANDLER: shipped(root, accelerator="tcg"),
+        "growing": shipped(root, **growing, memory_slots=2),
+        "growing-pc": shipped(root, **growing, machine_type="pc"),
+        "growing-booted": shipped(root, **growing, enable_template=False),
+    }
+    with kubelet(root / "cri", root, handlers, rootfs) as started:
         yield started
 
 

@@ -29,11 +29,12 @@ restrict_oom_score_adj = true
 [plugins."io.containerd.grpc.v1.cri".cni]
 conf_dir = "{directory}/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd]
-snapshotter = "{snapshotter}"
+snapshotter = "overlayfs"
 default_runtime_name = "{handler}"
+"""
+RUNTIME_OF = """
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{handler}]
 runtime_type = "{runtime}"
-pod_annotations = ["io.katacontainers.*"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{handler}.options]
 ConfigPath = "{config}"
 """
@@ -135,7 +136,9 @@ class Kubelet:
     root: Path
     logs: Path
 
-    def run(self, name: str, *, pid: api.NamespaceMode = api.CONTAINER, **linux: Any) -> Pod:
+    def run(
+        self, name: str, *, handler: str = HANDLER, pid: api.NamespaceMode = api.CONTAINER, **linux: Any
+    ) -> Pod:
         """Start a pod."""
         directory = self.logs / name
         directory.mkdir(parents=True, exist_ok=True)
@@ -149,7 +152,7 @@ class Kubelet:
                 security_context=api.LinuxSandboxSecurityContext(namespace_options=namespaces), **linux
             ),
         )
-        made = self.cri("RunPodSandbox", config=config, runtime_handler=HANDLER)
+        made = self.cri("RunPodSandbox", config=config, runtime_handler=handler)
         return Pod(self.cri, config, made.pod_sandbox_id)
 
     def pods(self) -> dict[str, str]:
@@ -164,17 +167,12 @@ class Kubelet:
 
 
 @contextmanager
-def kubelet(directory: Path, root: Path, config: Path, rootfs: Path) -> Iterator[Kubelet]:
-    """Run a containerd with its CRI plugin, the two images imported."""
-    plugin = PLUGIN.format(
-        directory=directory,
-        pause=PAUSE,
-        handler=HANDLER,
-        runtime=RUNTIME,
-        config=config,
-        snapshotter="overlayfs",
-    )
-    with containerd(directory, root, config, plugin) as daemon:
+def kubelet(directory: Path, root: Path, handlers: dict[str, Path], rootfs: Path) -> Iterator[Kubelet]:
+    """Run a containerd with its CRI plugin, the two images imported; a handler has its own configuration."""
+    plugin = PLUGIN.format(directory=directory, pause=PAUSE, handler=HANDLER)
+    for handler, config in handlers.items():
+        plugin += RUNTIME_OF.format(handler=handler, runtime=RUNTIME, config=config)
+    with containerd(directory, root, handlers[HANDLER], plugin) as daemon:
         for name, command in ((PAUSE, ["/bin/sleep", "infinity"]), (BUSYBOX, ["/bin/sh"])):
             archive = directory / "image.tar"
             write_image(archive, name, rootfs, Cmd=command, Env=["PATH=/bin"])
