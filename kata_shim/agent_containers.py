@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -16,7 +17,17 @@ from kata_shim.protos.services import AGENT_SERVICE
 RUNTIME_TIMEOUT = 60.0  # seconds for what takes a process in the guest
 CHUNK = 256 * 1024  # bytes asked for at a time
 
+SHARED_TAG = "kataShared"  # of the machine's 9p device, as Kata's is called
+
 _M = TypeVar("_M", bound=Message)
+
+
+def shared_files(directory: str, msize: int) -> agent_pb2.Storage:
+    """Return what has the guest mount the machine's shared files, `msize` bytes in a message of 9p."""
+    options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={msize}", "nodev"]
+    return agent_pb2.Storage(
+        driver="9p", source=SHARED_TAG, fstype="9p", mount_point=directory, options=options
+    )
 
 
 class Containers:
@@ -26,11 +37,11 @@ class Containers:
         self._agent = agent
 
     async def share(
-        self, sandbox_id: str, tag: str, directory: str, options: list[str], *, shm: int, **more: Any
+        self, sandbox_id: str, directory: str, *, msize: int, shm: int, guest_hook_path: str
     ) -> None:
-        """Have the guest mount the machine's 9p file system `tag`, and a /dev/shm of `shm` bytes for pods."""
+        """Have the guest mount the machine's shared files, and a /dev/shm of `shm` bytes for pods."""
         storages = [
-            agent_pb2.Storage(driver="9p", source=tag, fstype="9p", mount_point=directory, options=options),
+            shared_files(directory, msize),
             agent_pb2.Storage(
                 driver="ephemeral",
                 source="shm",
@@ -40,17 +51,25 @@ class Containers:
             ),
         ]
         request = agent_pb2.CreateSandboxRequest(
-            hostname=sandbox_id, sandbox_id=sandbox_id, storages=storages, **more
+            hostname=sandbox_id, sandbox_id=sandbox_id, storages=storages, guest_hook_path=guest_hook_path
         )
         await self._call("CreateSandbox", request, RUNTIME_TIMEOUT)
 
-    async def create(self, container_id: str, spec: dict[str, Any], *, sandbox_pidns: bool) -> None:
+    async def create(
+        self,
+        container_id: str,
+        spec: dict[str, Any],
+        *,
+        sandbox_pidns: bool,
+        storages: Sequence[agent_pb2.Storage] = (),
+    ) -> None:
         """Create a container, up to where its first process, of the same exec id, would begin."""
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
             exec_id=container_id,
             OCI=from_json(oci_pb2.Spec, spec, "config.json"),
             sandbox_pidns=sandbox_pidns,
+            storages=storages,
         )
         await self._call("CreateContainer", request, RUNTIME_TIMEOUT)
 

@@ -12,8 +12,8 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -163,7 +163,9 @@ class Containers:
         if container_id in self._containers:
             raise ShimError("already-exists", f"container {container_id}: the id is in use")
         check_container_id(container_id)
-        described = oci.read(given)
+        with _of_its_types():
+            described = oci.read(given)
+        own = _inside(bundle, described.rootfs)
         container = self._containers[container_id] = Container(container_id, bundle, rootfs)
         async with AsyncExitStack() as undo:
             undo.callback(self._containers.pop, container_id)
@@ -173,9 +175,10 @@ class Containers:
                 self._names.claim(container_id)
                 undo.callback(self._names.release, container_id)
             undo.callback(self._shares.release, container_id)
-            path = self._shares.mount_rootfs(container_id, rootfs, Path(bundle, described.rootfs))
+            path = self._shares.mount_rootfs(container_id, rootfs, own)
             share = partial(self._shares.bind, container_id)
-            spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
+            with _of_its_types():
+                spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
             process = Process(container_id, "", bundle, stdio())
             undo.push_async_callback(process.stdio.close)
             await self._share(shm_size(described.shm))
@@ -386,12 +389,10 @@ class Containers:
         async with self._sharing:
             if self._shared:
                 return
-            options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={self._msize}", "nodev"]
             await self._guest.share(
                 self._sandbox_id,
-                "kataShared",
                 GUEST_DIRECTORY,
-                options,
+                msize=self._msize,
                 shm=shm,
                 guest_hook_path=self._hook_path,
             )
@@ -404,6 +405,23 @@ class Containers:
                 container = self._containers.get(await self._guest.oom_event())
                 if container is not None and container.processes:
                     self.tell("oom", container.first)
+
+
+@contextmanager
+def _of_its_types() -> Iterator[None]:
+    """Tell of a value that is of another type than the runtime specification has it there."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise invalid(f"config.json: not as the runtime specification has it: {error}") from None
+
+
+def _inside(bundle: str, rootfs: str) -> Path:
+    """Return where a root file system lies: where an absolute path says, or else in the bundle."""
+    path = Path(bundle, rootfs)
+    if not rootfs.startswith("/") and not path.resolve().is_relative_to(Path(bundle).resolve()):
+        raise invalid(f"config.json: root.path: {path} leads out of the bundle")
+    return path
 
 
 def _read_json(path: str) -> object:

@@ -27,11 +27,11 @@ from kata_shim.qemu.process import Process, join_network_namespace, last_log_lin
 from kata_shim.vm import shared
 from kata_shim.vm.growth import Growth
 from kata_shim.vm.nics import Nics
+from kata_shim.vm.rehearsal import rehearse
 from kata_shim.vm.spec import describe, guest_cid, limits, topology
 
 SOCKETS = ("qmp", "console", "agent")
 REATTACH_TIMEOUT = 5.0  # seconds; a guest that runs answers a reset at once
-REHEARSALS = 16  # after eight calls of a function CPython begins to make its code faster
 END_TIMEOUT = 2.0  # seconds from a channel's break to the end of a dead QEMU, whose memory goes in between
 Step = Callable[[str], Awaitable[None]]
 Started = Callable[[Process], Awaitable[None]]
@@ -112,7 +112,7 @@ class Machine:
             await self._start(spec, None, cid_of=str(uuid4()))
             await step("booting the template")
             await self._open_agent(self._hypervisor.agent_timeout)
-            await self._unless_gone(self._rehearse())
+            await self._unless_gone(rehearse(self.agent, self._hypervisor.msize_9p))
             await self._unless_gone(migration.save(self.monitor, state))
         finally:
             await self.kill()
@@ -252,12 +252,6 @@ class Machine:
         if started is not None:
             await started(self.process)
         await self._connect(cid, self._hypervisor.agent_timeout)
-
-    async def _rehearse(self) -> None:
-        """Have the agent do what a clone's has to, until its interpreter has made that as fast as it can."""
-        for _ in range(REHEARSALS):
-            await self.agent.claim("template")
-        await self.agent.stand_still()
 
     async def _claim(self, name: str) -> None:
         timeout = self._hypervisor.agent_timeout
