@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from bench import cases, ipvs, memory, report, start, waterfall
+from bench import cases, containers, ipvs, memory, report, start, waterfall
 from bench.cases import Comparison
 from bench.leaks import leaks
 from bench.leaks import text as leaks_text
@@ -41,6 +41,11 @@ FACTORY: dict[str, Callable[[Ground, int], list[Comparison]]] = {
     "i": memory.memory,
     "j": start.images,
 }
+CONTAINERS: dict[str, Callable[[Ground, int], list[Comparison]]] = {
+    "p": containers.lives,
+    "q": containers.streams,
+    "r": containers.together,
+}
 LOAD, WATERFALL, LEAKS = "o", "waterfall", "leaks"
 ROUNDS, CYCLES, SECONDS = 15, 1000, 60
 
@@ -48,7 +53,7 @@ ROUNDS, CYCLES, SECONDS = 15, 1000, 60
 def main() -> None:
     """Run the command line."""
     options = argparse.ArgumentParser(prog="bench/run", description=__doc__)
-    names = [*NETWORK, *IPVS, LOAD, *FACTORY, WATERFALL, LEAKS]
+    names = [*NETWORK, *IPVS, LOAD, *FACTORY, *CONTAINERS, WATERFALL, LEAKS]
     options.add_argument(
         "cases", nargs="*", metavar="CASE", choices=[*names, []], help="default: all but leaks"
     )
@@ -73,9 +78,10 @@ def main() -> None:
                 _give(section, machine, report.table(found), given, whole=len(letters) == len(group))
         if LOAD in wanted:
             _give("load", machine, load(ground, given.seconds), given)
-        if letters := [case for case in wanted if case in FACTORY]:
-            found = [row for letter in letters for row in FACTORY[letter](ground, given.rounds)]
-            _give("factory", machine, report.table(found), given, whole=len(letters) == len(FACTORY))
+        for section, places in (("factory", FACTORY), ("containers", CONTAINERS)):
+            if letters := [case for case in wanted if case in places]:
+                found = [row for letter in letters for row in places[letter](ground, given.rounds)]
+                _give(section, machine, report.table(found), given, whole=len(letters) == len(places))
         if WATERFALL in wanted:
             fall, plain = waterfall.measure(ground, given.rounds)
             if given.write:
