@@ -169,7 +169,8 @@ def test_a_sandbox_from_the_cache(nested: Nested, guest: Guest) -> None:
         ready = outer.runtime("exec", outer.id, "--", *watching, timeout=BOOT_TIMEOUT)
         assert ready == Result(0, "", "")
         assert nested("run", "--detach", "kept", timeout=BOOT_TIMEOUT) == Result(0, "", "")
-        assert nested("state", "kept").json["source"] == "cache"
+        why = nested.shell("cat /run/nested/sandboxes/kept/shim.log")
+        assert nested("state", "kept").json["source"] == "cache", why
         uuid = json.loads(nested.shell("cat /run/nested/sandboxes/kept/record.json").stdout)["uuid"]
         kept = Guest(nested, "kept")
         assert kept.run("python3", "-c", CONTEXT_ID) == Result(0, f"{guest_cid(uuid)}\n", "")
