@@ -17,7 +17,7 @@ from kata_shim.sandbox.sandbox import Sandbox
 from kata_shim.spawn import Containerd
 from kata_shim.ttrpc.server import Server, ServerProtocol
 
-EVENTS_TIMEOUT = 5.0  # seconds that a shim which ends waits for containerd to take its last events
+EVENTS_TIMEOUT = 2.0  # seconds that a shim which ends waits for containerd to take its last events
 ANSWER_DELAY = 0.05  # seconds for Shutdown's answer to leave
 
 

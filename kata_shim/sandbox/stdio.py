@@ -54,11 +54,16 @@ class Fifo:
         self._loop = asyncio.get_running_loop()
         self._holder = -1
         flags = (os.O_RDWR | os.O_APPEND) if output else os.O_RDONLY
+        self._fd = -1
         try:
             self._fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-            if not output and stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            mode = os.fstat(self._fd).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not output and stat.S_ISFIFO(mode):
                 self._holder = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
+            self.close()
             raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
 
     async def read(self) -> bytes:
