@@ -5,6 +5,7 @@ A line is one JSON object in UTF-8 and a newline, at most MAX_LINE bytes with it
     {"id":1,"method":"kata-network.add-iface","params":{…}}   a request; params may be any JSON, or absent
     {"id":1,"cancel":true}                                    gives request 1 up
     {"id":1,"stdin":"<base64>"}   {"id":1,"stdin":null}       feeds the command's stdin; closes it
+    {"id":1,"resize":[24,80]}                                 sets the rows and columns of its terminal
 
 and the server answers, in any order between requests,
 
@@ -30,6 +31,7 @@ from kata_shim.errors import ShimError
 MAX_LINE = 4 * 1024 * 1024
 MAX_ID = 128
 MAX_MESSAGE = 16 * 1024
+MAX_SIZE = 65535  # of a terminal: struct winsize has 16 bits for each
 _KINDS = {dict: "an object", list: "an array", str: "a string", int: "an integer", float: "a number"}
 
 
@@ -65,7 +67,16 @@ class Stdin:
     data: bytes | None
 
 
-def parse(line: bytes) -> Request | Cancel | Stdin:
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The terminal of the command that request `id` runs has so many rows and columns now."""
+
+    id: int | str
+    rows: int
+    columns: int
+
+
+def parse(line: bytes) -> Request | Cancel | Stdin | Resize:
     """Return what one line of a client says.
 
     Raises LineError, and nothing else whatever the bytes. Keys that do not belong to the kind of line are
@@ -80,9 +91,9 @@ def parse(line: bytes) -> Request | Cancel | Stdin:
     if not isinstance(value, dict):
         raise LineError(None, f"line: {_kind(value)} is not an object")
     request_id = _read_id(value)
-    kinds = [key for key in ("method", "cancel", "stdin") if key in value]
+    kinds = [key for key in ("method", "cancel", "stdin", "resize") if key in value]
     if len(kinds) != 1:
-        raise LineError(request_id, "line: exactly one of method, cancel and stdin is needed")
+        raise LineError(request_id, "line: exactly one of method, cancel, stdin and resize is needed")
     known = {"id", "params", "method"} if kinds[0] == "method" else {"id", kinds[0]}
     unknown = next((key for key in value if key not in known), None)
     if unknown is not None:
@@ -93,6 +104,8 @@ def parse(line: bytes) -> Request | Cancel | Stdin:
         if value["cancel"] is not True:
             raise LineError(request_id, f"cancel: {_kind(value['cancel'])} is not true")
         return Cancel(request_id)
+    if kinds[0] == "resize":
+        return Resize(request_id, *_read_size(request_id, value["resize"]))
     return Stdin(request_id, _read_stdin(request_id, value["stdin"]))
 
 
@@ -166,6 +179,14 @@ def _read_stdin(request_id: int | str, text: object) -> bytes | None:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:
         raise LineError(request_id, f"stdin: not base64: {error}") from None
+
+
+def _read_size(request_id: int | str, size: object) -> tuple[int, int]:
+    if isinstance(size, list) and len(size) == 2 and all(type(one) is int for one in size):
+        rows, columns = size
+        if 0 <= rows <= MAX_SIZE and 0 <= columns <= MAX_SIZE:
+            return rows, columns
+    raise LineError(request_id, f"resize: not [rows, columns], each within 0..{MAX_SIZE}")
 
 
 def _kind(value: object) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata_shim.cli.arguments import Arguments
+    from kata_shim.cli.tty import Terminal
 
 CHUNK = 48 * 1024
 WINDOW = 16  # pieces of stdin that may be under way; the shim says when the command has taken one
@@ -39,7 +40,8 @@ def execute(arguments: Arguments) -> int:
         params["guest"] = True
     elif container:
         params["container"] = container
-    return attend(client.connect(arguments.root, sandbox_id, say), "sandbox.exec", params)
+    terminal = terminal_of(arguments, params)
+    return attend(client.connect(arguments.root, sandbox_id, say), "sandbox.exec", params, terminal)
 
 
 def command(arguments: Arguments, argv: list[str]) -> dict[str, Any]:
@@ -53,9 +55,22 @@ def command(arguments: Arguments, argv: list[str]) -> dict[str, Any]:
     return {"argv": argv, "env": environment, "cwd": arguments.last("--cwd") or None}
 
 
-def attend(connection: client.Connection, method: str, params: dict[str, Any]) -> int:
+def terminal_of(arguments: Arguments, params: dict[str, Any]) -> Terminal | None:
+    """Return our terminal if the command is to have one, and say so in `params`; raises ShimError."""
+    if not arguments.has("--tty") and not arguments.has("-t"):
+        return None
+    from kata_shim.cli.tty import Terminal
+
+    terminal = Terminal()
+    params["terminal"], params["size"] = True, terminal.size()
+    return terminal
+
+
+def attend(
+    connection: client.Connection, method: str, params: dict[str, Any], terminal: Terminal | None = None
+) -> int:
     """Call what runs a command, its streams joined to ours, and return its status."""
-    return _Pump(connection).run(method, encode(params))
+    return _Pump(connection, terminal).run(method, encode(params))
 
 
 def encode(params: dict[str, Any]) -> bytes:
@@ -69,8 +84,9 @@ def encode(params: dict[str, Any]) -> bytes:
 class _Pump:
     """Moves bytes between our descriptors and the shim, never waiting for one while another could go on."""
 
-    def __init__(self, connection: client.Connection) -> None:
+    def __init__(self, connection: client.Connection, terminal: Terminal | None) -> None:
         self._connection = connection
+        self._terminal = terminal
         self._call = 0
         self._unsent = bytearray()
         self._stdin_open = True
@@ -78,6 +94,8 @@ class _Pump:
         self._signal = 0
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake)
+        if terminal is not None:
+            signal.signal(signal.SIGWINCH, lambda *_: None)
         for number in _FORWARDED:
             # The wakeup descriptor carries the number; a handler must be there for Python to write it. What
             # the caller ignores (nohup, a shell's background job) stays ignored.
@@ -85,6 +103,15 @@ class _Pump:
                 signal.signal(number, lambda *_: None)
 
     def run(self, method: str, params: bytes) -> int:
+        if self._terminal is None:
+            return self._run(method, params)
+        self._terminal.make_raw()
+        try:
+            return self._run(method, params)
+        finally:
+            self._terminal.restore()
+
+    def _run(self, method: str, params: bytes) -> int:
         self._call, request = self._connection.request(method, params)
         self._unsent += request
         self._connection.socket.setblocking(False)
@@ -99,6 +126,8 @@ class _Pump:
             cannot_run = error.attrs.get("exit_status")
             if not isinstance(cannot_run, int):
                 raise
+            if self._terminal is not None:
+                self._terminal.restore()
             say(error.message)
             return cannot_run
 
@@ -126,11 +155,18 @@ class _Pump:
     def _take_signals(self) -> bool:
         """Cancel the command for the first signal; tell whether there was a second one."""
         for number in os.read(self._wake, 64):
-            if self._signal:
+            if number == signal.SIGWINCH:
+                assert self._terminal is not None
+                self._unsent += b'{"id":%d,"resize":[%d,%d]}\n' % (self._call, *self._terminal.size())
+            elif self._signal:
                 return True
-            self._signal = number
-            self._unsent += client.cancellation(self._call)
+            else:
+                self._cancel(number)
         return False
+
+    def _cancel(self, number: int) -> None:
+        self._signal = number
+        self._unsent += client.cancellation(self._call)
 
     def _take_progress(self, progress: Any) -> None:
         if isinstance(progress, dict) and isinstance(progress.get("stdin"), int):
@@ -152,6 +188,10 @@ class _Pump:
         except OSError:
             data = b""
         self._stdin_open = bool(data)
+        if not data and self._terminal is not None:  # it was hung up; its own end of input is a key
+            if not self._signal:
+                self._cancel(signal.SIGHUP)
+            return
         self._window -= 1
         text = b'"%s"' % binascii.b2a_base64(data, newline=False) if data else b"null"
         self._unsent += b'{"id":%d,"stdin":%s}\n' % (self._call, text)

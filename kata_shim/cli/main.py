@@ -59,13 +59,16 @@ _IFACE = """
   list-routes ID            list the routes
   update-routes ID FILE|-   make the routes exactly these"""
 
+_OF_A_COMMAND = {"--env": True, "--cwd": True, "--tty": False, "-t": False}
+
 COMMANDS = {
     "run": Command(
         "run:run",
-        "[--detach] [--config FILE] [--rootfs DIR [--env NAME=VALUE]... [--cwd DIR]] ID [COMMAND...]",
+        "[--detach] [--config FILE] [--rootfs DIR [-t] [--env NAME=VALUE]... [--cwd DIR]] ID [COMMAND...]",
         """start a sandbox; without --detach, delete it on SIGINT, SIGTERM or when it stops
-  --rootfs DIR   run COMMAND, or /bin/sh, in a container of which DIR is the root file system""",
-        flags={"--detach": False, "--config": True, "--rootfs": True, "--env": True, "--cwd": True},
+  --rootfs DIR   run COMMAND, or /bin/sh, in a container of which DIR is the root file system
+  -t, --tty      give COMMAND a terminal, joined to the one at stdin""",
+        flags={"--detach": False, "--config": True, "--rootfs": True, **_OF_A_COMMAND},
         words=(1, None),
     ),
     "list": Command(
@@ -74,9 +77,10 @@ COMMANDS = {
     "state": Command("sandbox:state", "ID", "print a sandbox's state"),
     "exec": Command(
         "execute:execute",
-        "[--env NAME=VALUE]... [--cwd DIR] [--guest] ID -- COMMAND...",
-        "run a command in a container, or in the guest where there is none, or with --guest",
-        flags={"--env": True, "--cwd": True, "--guest": False},
+        "[-t] [--env NAME=VALUE]... [--cwd DIR] [--guest] ID -- COMMAND...",
+        """run a command in a container, or in the guest where there is none, or with --guest
+  -t, --tty      give it a terminal, joined to the one at stdin; not in the guest""",
+        flags={"--guest": False, **_OF_A_COMMAND},
         words=(1, None),
     ),
     "delete": Command(

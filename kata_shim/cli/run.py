@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata_shim.cli.arguments import Arguments
+    from kata_shim.cli.tty import Terminal
 
 
 def run(arguments: Arguments) -> int:
@@ -34,7 +35,7 @@ def run(arguments: Arguments) -> int:
     other end is said, and is status 1. Whatever goes wrong before it runs leaves nothing behind.
     """
     root, sandbox_id, *argv = arguments.root, *arguments.words
-    container = _container(arguments, argv)
+    container, terminal = _container(arguments, argv)
     config = b"null"
     if arguments.has("--config"):
         text = encode_basestring(os.path.abspath(arguments.last("--config")))
@@ -59,7 +60,7 @@ def run(arguments: Arguments) -> int:
             from kata_shim.cli.execute import attend, encode
 
             if not arguments.has("--detach"):
-                return attend(connection, "container.run", container)
+                return attend(connection, "container.run", container, terminal)
             connection.call("container.run", encode(container))
             claimed = None
             return 0
@@ -74,20 +75,23 @@ def run(arguments: Arguments) -> int:
     return 1 if cause else 0
 
 
-def _container(arguments: Arguments, argv: list[str]) -> dict[str, Any] | None:
-    """Return what says which container is to be run; None without one."""
+def _container(arguments: Arguments, argv: list[str]) -> tuple[dict[str, Any] | None, Terminal | None]:
+    """Return what says which container is to be run, None without one, and our terminal if it has that."""
     from kata_shim.cli.arguments import UsageError
 
     if not arguments.has("--rootfs"):
-        if argv or arguments.has("--env") or arguments.has("--cwd"):
+        if argv or any(arguments.has(flag) for flag in ("--env", "--cwd", "--tty", "-t")):
             raise UsageError("a command needs --rootfs")
-        return None
-    from kata_shim.cli.execute import command
+        return None, None
+    from kata_shim.cli.execute import command, terminal_of
 
     container = command(arguments, argv or ["/bin/sh"])
     container["rootfs"] = os.path.abspath(arguments.last("--rootfs"))
     container["detach"] = arguments.has("--detach")
-    return container
+    terminal = terminal_of(arguments, container)
+    if terminal is not None and container["detach"]:
+        raise UsageError("--detach: it leaves the terminal that --tty is for")
+    return container, terminal
 
 
 def _wait(connection: client.Connection) -> str:

@@ -17,6 +17,7 @@ from kata_shim.contract.interface import (
     render_listed,
 )
 from kata_shim.contract.route import parse_match, parse_route, parse_routes, render_route
+from kata_shim.errors import ShimError
 from kata_shim.faces import containers, ipvs
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
@@ -88,6 +89,8 @@ class _Commands:
         if not field(call, "guest", bool, False) and self._sandbox.has_containers:
             container = field(call, "container", str, "") or self._sandbox.id
             return await containers.execute(call, await self._sandbox.containers(), container, argv, env)
+        if containers.has_terminal(call):
+            raise ShimError("unimplemented", "terminal: a command in the guest itself has none; leave it out")
 
         async def output(stream: str, data: bytes) -> None:
             await call.progress({stream: base64.b64encode(data).decode()})

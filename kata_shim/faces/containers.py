@@ -6,13 +6,14 @@ import asyncio
 import base64
 import signal
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from kata_shim.agent import CANNOT_RUN
 from kata_shim.contract import oci
 from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
+from kata_shim.messages import MAX_SIZE
 from kata_shim.sandbox.containers import Containers, Process
 from kata_shim.sandbox.sandbox import Sandbox
 from kata_shim.sandbox.stdio import Stdio
@@ -26,17 +27,17 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
     async def run(call: Call) -> object:
         """Run a container of the sandbox's own id to its end."""
         containers = await sandbox.containers()
-        args, env, terminal = *words(call), field(call, "terminal", bool, False)
+        args, env = words(call)
         rootfs = field(call, "rootfs", str, "")
         if not rootfs.startswith("/"):
             raise invalid(f"rootfs: {rootfs!a} is not an absolute path")
-        spec = oci.default_spec(rootfs, args, env, field(call, "cwd", str, ""), terminal=terminal)
+        spec = _spec(call, rootfs, args, env)
         with _status_of_shells():
-            await containers.create_of(sandbox.id, spec, "/", (), lambda: _streams(call, terminal=terminal))
+            await containers.create_of(sandbox.id, spec, "/", (), lambda: _streams(call))
         if field(call, "detach", bool, False):
             await containers.start(sandbox.id, "")
             return None
-        return await _attend(containers, sandbox.id, "")
+        return await _attend(call, containers, sandbox.id, "")
 
     return {"container.run": run}
 
@@ -45,11 +46,10 @@ async def execute(
     call: Call, containers: Containers, container_id: str, args: list[str], env: list[str]
 ) -> object:
     """Run one more process in a container to its end."""
-    terminal = field(call, "terminal", bool, False)
-    process = oci.default_spec("/", args, env, field(call, "cwd", str, ""), terminal=terminal)["process"]
+    process = _spec(call, "/", args, env)["process"]
     exec_id = containers.new_exec_id(container_id)
-    await containers.add_exec(container_id, exec_id, process, _streams(call, terminal=terminal))
-    return await _attend(containers, container_id, exec_id)
+    await containers.add_exec(container_id, exec_id, process, _streams(call))
+    return await _attend(call, containers, container_id, exec_id)
 
 
 def words(call: Call) -> tuple[list[str], list[str]]:
@@ -62,16 +62,47 @@ def words(call: Call) -> tuple[list[str], list[str]]:
     return argv, [f"{name}={value}" for name, value in env.items()]
 
 
-async def _attend(containers: Containers, container_id: str, exec_id: str) -> object:
+def has_terminal(call: Call) -> bool:
+    """Return whether the command is to have a terminal."""
+    return field(call, "terminal", bool, False)
+
+
+def _spec(call: Call, rootfs: str, args: list[str], env: list[str]) -> oci.Json:
+    terminal = has_terminal(call)
+    if terminal and not any(one.startswith("TERM=") for one in env):
+        env = [*env, "TERM=xterm"]  # what container engines say, whatever it is
+    spec = oci.default_spec(rootfs, args, env, field(call, "cwd", str, ""), terminal=terminal)
+    size = field(call, "size", list, [])
+    if terminal and size:
+        if len(size) != 2 or not all(type(one) is int and 0 <= one <= MAX_SIZE for one in size):
+            raise invalid(f"size: not [rows, columns], each within 0..{MAX_SIZE}")
+        spec["process"]["consoleSize"] = dict(zip(("height", "width"), size, strict=True))
+    return spec
+
+
+async def _attend(call: Call, containers: Containers, container_id: str, exec_id: str) -> object:
     process = containers.process(container_id, exec_id)
+    sizes: asyncio.Task[None] | None = None
     try:
         with _status_of_shells():
             await containers.start(container_id, exec_id)
+        if process.stdio.terminal:
+            sizes = asyncio.ensure_future(_follow_size(call, containers, process))
         await process.exited.wait()
         await process.stdio.drained()
     finally:
+        if sizes is not None:
+            sizes.cancel()
         await asyncio.shield(asyncio.ensure_future(_end(containers, process)))
     return {"exit_status": process.exit_status}
+
+
+async def _follow_size(call: Call, containers: Containers, process: Process) -> None:
+    """Give a process's terminal the size of its caller's."""
+    with suppress(ShimError):  # the process has ended
+        while True:
+            rows, columns = await call.next_size()
+            await containers.resize(process.container_id, process.exec_id, rows, columns)
 
 
 @contextmanager
@@ -129,7 +160,8 @@ class _Output:
         pass
 
 
-def _streams(call: Call, *, terminal: bool) -> Stdio:
+def _streams(call: Call) -> Stdio:
+    terminal = has_terminal(call)
     if field(call, "detach", bool, False):
         return Stdio(None, None, None, terminal=terminal)
     stdin = _Stdin(call.read_stdin) if field(call, "stdin", bool, True) else None

@@ -17,6 +17,7 @@ from kata_shim.messages import (
     Cancel,
     LineError,
     Request,
+    Resize,
     Stdin,
     failure,
     parse,
@@ -41,6 +42,8 @@ class Call:
         self.overrun = False
         self.given_up = False
         self._stdin: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STDIN)
+        self._size = (0, 0)
+        self._resized = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self._connection = connection
         self._id = request.id
@@ -67,6 +70,17 @@ class Call:
         except asyncio.QueueFull:
             self.overrun = True
             self.cancel()
+
+    async def next_size(self) -> tuple[int, int]:
+        """Return the newest size of the client's terminal, once there is one that was not returned yet."""
+        await self._resized.wait()
+        self._resized.clear()
+        return self._size
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Note the size of the client's terminal."""
+        self._size = (rows, columns)
+        self._resized.set()
 
     def cancel(self) -> None:
         """Cancel the handler, once: what it then does to undo its work is not interrupted again."""
@@ -183,6 +197,8 @@ class Connection:
             call.cancel()
         elif isinstance(message, Stdin):
             call.feed(message.data)
+        elif isinstance(message, Resize):
+            call.resize(message.rows, message.columns)
 
     async def _start(self, request: Request, size: int) -> None:
         if request.id in self._calls:

@@ -55,6 +55,20 @@ def test_stdin_is_read_back(request_id: int | str, data: bytes) -> None:
     assert messages.parse(line) == Stdin(request_id, data)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 80), (0, 0), (65535, 65535)])
+def test_size_of_a_terminal(rows: int, columns: int) -> None:
+    line = encode({"id": 1, "resize": [rows, columns]})
+    assert messages.parse(line) == messages.Resize(1, rows, columns)
+
+
+@pytest.mark.parametrize(
+    "size", [None, [], [24], [24, 80, 1], [24, -1], [65536, 1], [24.0, 80], [True, 1], "24x80", {"rows": 1}]
+)
+def test_size_that_is_none(size: object) -> None:
+    with pytest.raises(messages.LineError, match=r"resize: not \[rows, columns\], each within 0\.\.65535"):
+        messages.parse(encode({"id": 1, "resize": size}))
+
+
 def test_null_closes_stdin() -> None:
     assert messages.parse(b'{"id":"a","stdin":null}') == Stdin("a", None)
 
@@ -78,11 +92,11 @@ def test_null_closes_stdin() -> None:
         (b'{"id":1e99,"method":"x"}', None, "id: a number is not an integer or a string"),
         (b'{"id":[],"method":"x"}', None, "id: an array is not an integer or a string"),
         (b'{"id":"%s","method":"x"}' % (b"i" * 129), None, "id: 129 characters are more than 128"),
-        (b'{"id":1}', 1, "line: exactly one of method, cancel and stdin is needed"),
+        (b'{"id":1}', 1, "line: exactly one of method, cancel, stdin and resize is needed"),
         (
             b'{"id":1,"method":"x","cancel":true}',
             1,
-            "line: exactly one of method, cancel and stdin is needed",
+            "line: exactly one of method, cancel, stdin and resize is needed",
         ),
         (b'{"id":1,"method":null}', 1, "method: null is not a string"),
         (b'{"id":1,"method":"x","parms":1}', 1, "'parms': unknown key beside method"),
