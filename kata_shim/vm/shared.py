@@ -27,8 +27,8 @@ def prepare(directory: Path) -> str:
     points, guest = directory / SHARED / POINTS, directory / SHARED / GUEST
     for path in (points, guest):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not os.path.ismount(guest):
-        mounts.share(str(points), str(guest), readonly=True)
+    release(guest)  # of a machine that did not come up
+    mounts.share(str(points), str(guest), readonly=True)
     return str(guest)
 
 
