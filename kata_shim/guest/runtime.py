@@ -21,6 +21,7 @@ from kata_shim.guest.process import Process, Streams
 from kata_shim.guest.sealed import Program
 
 _STATE = "/run/kata-containers/runtime"
+_FORMAT = {"runc": ("--log-format=json",)}  # its text is quoted twice
 
 
 class Runtime:
@@ -101,7 +102,8 @@ class Runtime:
         """Run the program; raises ShimError with its own words."""
         stdin, stdout, stderr = streams or [subprocess.DEVNULL] * 3
         log = f"{self._directory}/runtime.log"
-        argv = [self._program, f"--root={_STATE}", f"--log={log}", *words]
+        options = (*_FORMAT.get(self._program, ()), f"--root={_STATE}", f"--log={log}")
+        argv = [self._program, *options, *words]
         async with self._lock:
             child = self._children.spawn(
                 argv,
@@ -136,6 +138,9 @@ def _take_number(path: str) -> int:
 def _last_words(log: str) -> str:
     try:
         with open(log, errors="replace") as file:
-            return file.read()[-2000:].strip().rpartition("\n")[2]
+            line = file.read()[-4000:].strip().rpartition("\n")[2]
     except OSError:
         return ""
+    with suppress(ValueError, KeyError, TypeError):  # crun writes text, and runc what it is asked for
+        return str(json.loads(line)["msg"])
+    return line

@@ -19,10 +19,13 @@ class Program(NamedTuple):
     path: str
 
 
-def seal(name: str) -> Program:
-    """Return a program to be run while this process lives; where there is none, running it tells."""
-    path = shutil.which(name)
-    if path is None:
+def seal(*names: str) -> Program:
+    """Return the first program of these that there is, to be run while this process lives.
+
+    Where there is none, running it tells.
+    """
+    name, path = next(((name, path) for name in names if (path := shutil.which(name))), (names[0], ""))
+    if not path:
         return Program(name, name)
     copy = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(path, "rb", buffering=0) as file:

@@ -40,7 +40,7 @@ class Agent:
         self.netlink = netlink
         self.interfaces = Interfaces(netlink, monitor)
         self.children = children
-        self.containers = Containers(children, seal("crun"))
+        self.containers = Containers(children, seal("crun", "runc"))  # build-guest puts one in
         self.identity = Identity()
         self.sandbox_id = ""
 

@@ -14,7 +14,7 @@ from guest.debian import MERGED, BuildError
 from guest.tree import Tree, needed_libraries
 
 PACKAGES = [
-    *("linux-image-amd64", "busybox", "conntrack", "crun", "iproute2", "ipvsadm", "python3.11-minimal"),
+    *("linux-image-amd64", "busybox", "conntrack", "iproute2", "ipvsadm", "python3.11-minimal"),
     *(
         "libpython3.11-minimal",
         "libpython3.11-stdlib",
@@ -49,8 +49,9 @@ PACKAGES = [
 ]
 PROGRAMS = [
     *("usr/bin/busybox", "usr/bin/python3.11", "usr/bin/ip", "usr/sbin/bridge", "usr/sbin/tc"),
-    *("usr/sbin/ipvsadm", "usr/sbin/conntrack", "usr/bin/crun"),
+    *("usr/sbin/ipvsadm", "usr/sbin/conntrack"),
 ]
+RUNTIMES = {"crun": "usr/bin/crun", "runc": "usr/sbin/runc"}  # of each package, the program
 STDLIB = "usr/lib/python3.11/"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
 FOR_PROTOBUF = "libstdc++.so.6"  # without it protobuf falls back, silently, to Python several times as slow
@@ -84,8 +85,11 @@ class Unpacked:
         return self.files[f"{path.rpartition('/')[0]}/{target}" if target else path][1]
 
 
-def make(debs: Iterable[Path], parts: Path) -> tuple[Tree, bytes]:
-    """The tree, and the kernel as a bzImage. `parts` holds our lists and init. Raises: BuildError."""
+def make(debs: Iterable[Path], parts: Path, runtime: str) -> tuple[Tree, bytes]:
+    """The tree, and the kernel as a bzImage.
+
+    `parts` holds our lists and init, `runtime` is one of RUNTIMES. Raises: BuildError.
+    """
     unpacked = Unpacked(debs)
     tree = Tree()
     for name in MERGED:
@@ -99,8 +103,9 @@ def make(debs: Iterable[Path], parts: Path) -> tuple[Tree, bytes]:
         tree.file(path, text.encode())
     tree.file("init", (parts / "init").read_bytes(), 0o755)
     left_out = lines(parts / "stdlib-left-out.txt")
+    programs = [*PROGRAMS, RUNTIMES[runtime]]
     for path, (mode, data) in unpacked.files.items():
-        if path in PROGRAMS or path.startswith("etc/iproute2/") or is_wanted_python(path, left_out):
+        if path in programs or path.startswith("etc/iproute2/") or is_wanted_python(path, left_out):
             tree.file(path, data, mode)
     tree.link("usr/bin/python3", "python3.11")
     add_libraries(tree, unpacked)
