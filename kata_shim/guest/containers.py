@@ -234,6 +234,10 @@ class Containers:
         first = next(iter(self._containers.values()))
         if first is container or first.first not in first.processes:
             return
+        if first.processes[first.first].exited.done():
+            raise ShimError(
+                "failed-precondition", f"container_id: {first.id}, whose namespaces it shares, has ended"
+            )
         shared = (*_SHARED_NAMESPACES, "pid") if sandbox_pidns else _SHARED_NAMESPACES
         pid = first.processes[first.first].pid
         for namespace in linux.get("namespaces", []):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,14 @@ def node(cri: Kubelet) -> Iterator[Kubelet]:
     yield cri
     for pod in cri.pods():
         cri.remove(pod)
+
+
+@pytest.fixture
+def own_node(root: Path, rootfs: Path) -> Iterator[Kubelet]:
+    """A node of one test's own, whose containerd it may end."""
+    directory = root / "own-cri"
+    with kubelet(directory, root, {HANDLER: shipped(root, accelerator="tcg")}, rootfs) as started:
+        yield started
+        for pod in started.pods():
+            started.remove(pod)
+    shutil.rmtree(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,19 +138,26 @@ class Kubelet:
     logs: Path
 
     def run(
-        self, name: str, *, handler: str = HANDLER, pid: api.NamespaceMode = api.CONTAINER, **linux: Any
+        self,
+        name: str,
+        *,
+        handler: str = HANDLER,
+        pid: api.NamespaceMode = api.CONTAINER,
+        privileged: bool = False,
     ) -> Pod:
         """Start a pod."""
-        directory = self.logs / name
-        directory.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        directory = tempfile.mkdtemp(prefix=name, dir=self.logs)
         namespaces = api.NamespaceOption(network=api.NODE, pid=pid)
         config = api.PodSandboxConfig(
             metadata=api.PodSandboxMetadata(name=name, uid=name, namespace="default"),
             hostname=name,
-            log_directory=str(directory),
+            log_directory=directory,
             dns_config=api.DNSConfig(servers=["192.0.2.53"], searches=["example.org"]),
             linux=api.LinuxPodSandboxConfig(
-                security_context=api.LinuxSandboxSecurityContext(namespace_options=namespaces), **linux
+                security_context=api.LinuxSandboxSecurityContext(
+                    namespace_options=namespaces, privileged=privileged
+                )
             ),
         )
         made = self.cri("RunPodSandbox", config=config, runtime_handler=handler)

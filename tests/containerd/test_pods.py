@@ -34,7 +34,9 @@ def test_life_of_a_pod(node: Kubelet) -> None:
     node.cri("StopPodSandbox", pod_sandbox_id=pod.id)
     assert node.pods() == {pod.id: "SANDBOX_NOTREADY"}
     assert (pod.status(container).state, pod.status(container).exit_code) == (api.CONTAINER_EXITED, 137)
-    node.cri("RemovePodSandbox", pod_sandbox_id=pod.id)
+    node.cri("StopPodSandbox", pod_sandbox_id=pod.id)  # a kubelet does so more than once
+    for _ in range(2):
+        node.cri("RemovePodSandbox", pod_sandbox_id=pod.id)
     assert node.pods() == {}
     assert not node.cri("ListContainers").containers
     assert not os.listdir(node.root / "containers")
@@ -190,6 +192,41 @@ def test_network_by_the_ids(node: Kubelet, runtime: Runtime) -> None:
     assert "1 root" in inside.stdout
     removed = runtime("kata-network", "del-iface", container[:12], "-", stdin=json.dumps(nic(1)))
     assert removed.status == 0, removed
+
+
+def test_a_privileged_container(node: Kubelet) -> None:
+    """It may do in the guest what it likes; it sees no device of the host's."""
+    pod = node.run("a", privileged=True)
+    container = pod.start("c", *FOREVER, security={"privileged": True})
+    mounted = pod.exec(container, "/bin/sh", "-c", "mkdir /m && mount -t tmpfs m /m && df /m | tail -1")
+    assert (mounted[0], mounted[1].split()[-1]) == (0, "/m")
+    assert pod.exec(container, "ls", "/sys/class/block")[1] == ""
+    assert pod.exec(container, "/bin/sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward") == (0, "", "")
+
+
+def test_a_container_that_takes_too_much_memory(node: Kubelet) -> None:
+    pod = node.run("a")
+    limit = {"memory_limit_in_bytes": 32 << 20}
+    greedy = pod.start("c", "/bin/sh", "-c", "exec tail /dev/zero", resources=limit)
+    status = pod.await_end(greedy)
+    assert (status.exit_code, status.reason) == (137, "OOMKilled")
+    other = pod.start("d", *FOREVER)
+    assert pod.exec(other, "/bin/echo", "fine") == (0, "fine\n", "")
+
+
+def test_containerd_is_restarted(own_node: Kubelet) -> None:
+    node, pod = own_node, own_node.run("a")
+    container = pod.start("c", "/bin/sh", "-c", "echo before; exec sleep infinity")
+    started = pod.status(container).started_at
+    node.ctr.stop()
+    node.ctr.start()
+    assert node.pods() == {pod.id: "SANDBOX_READY"}
+    status = pod.status(container)
+    assert (status.state, status.started_at) == (api.CONTAINER_RUNNING, started)
+    assert pod.exec(container, "/bin/sh", "-c", "echo after >/proc/1/fd/1; echo here") == (0, "here\n", "")
+    node.cri("StopContainer", container_id=container, timeout=30)
+    assert pod.await_end(container).exit_code == 137
+    assert [line[3] for line in pod.log("c")] == ["before", "after"]
 
 
 def test_three_pods_at_once(node: Kubelet) -> None:
