@@ -94,6 +94,7 @@ def _start_sandbox(flags: dict[str, str], sandbox_id: str, path: str) -> None:
     from kata_shim.spawn import Containerd
 
     root = _root()
+    _bury(root, sandbox_id, path)
     client.claim(root, sandbox_id)
     try:
         listener = _listen(path)
@@ -103,6 +104,17 @@ def _start_sandbox(flags: dict[str, str], sandbox_id: str, path: str) -> None:
     except BaseException:
         client.remove(root, sandbox_id)
         raise
+    listener.close()
+
+
+def _bury(root: str, sandbox_id: str, path: str) -> None:
+    """Clear what is left of a shim that died before containerd knew of it; the socket tells it was its."""
+    if not client.is_id(sandbox_id) or not os.path.lexists(path) or _answers(path):
+        return
+    if os.path.isdir(client.sandbox_directory(root, sandbox_id)):
+        from kata_shim.cli import silent
+
+        silent.clear(root, sandbox_id, SILENCE)
 
 
 def _delete(flags: dict[str, str]) -> int:

@@ -37,6 +37,7 @@ DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin 
 CANNOT_RUN = 127  # the exit status of a process that could not be started
 KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
 SPEC_MOST = 4 << 20  # bytes of a config.json
+OOM_PAUSE = 0.1  # seconds between two looks for what the guest's kernel had no memory for
 WAITS = 8  # as often is a process waited for anew whose guest was cut off; more is no accident
 
 Tell = Callable[[str, "Process"], None]
@@ -304,6 +305,8 @@ class Containers:
 
     def machine_ended(self) -> None:
         """The guest has ended, and every process with it."""
+        if self._watching is not None:
+            self._watching.cancel()
         for container in self._containers.values():
             for process in container.processes.values():
                 if process.stop(KILLED):
@@ -400,11 +403,17 @@ class Containers:
             self._watching = asyncio.ensure_future(self._watch_memory())
 
     async def _watch_memory(self) -> None:
-        with suppress(ShimError):
-            while True:
+        while True:
+            try:
                 container = self._containers.get(await self._guest.oom_event())
-                if container is not None and container.processes:
-                    self.tell("oom", container.first)
+            except ShimError as error:
+                if error.code == "unimplemented":
+                    return
+                container = None  # the guest is cut off for a while, or has ended and we are cancelled
+            if container is not None and container.processes:
+                self.tell("oom", container.first)
+            # A guest that says so without end is not to keep containerd, or us, from anything else.
+            await asyncio.sleep(OOM_PAUSE)
 
 
 @contextmanager

@@ -1,0 +1,265 @@
+"""Containers in a guest that is cut off, says nothing, or says what it should not: the shim's end of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from google.protobuf.message import Message
+
+from kata_shim.agent import Agent
+from kata_shim.agent_containers import Containers as GuestContainers
+from kata_shim.contract import oci
+from kata_shim.errors import ShimError
+from kata_shim.protos import agent_pb2
+from kata_shim.protos.services import AGENT, AGENT_SERVICE
+from kata_shim.sandbox.containers import WAITS, Containers, Process
+from kata_shim.sandbox.host_names import HostNames
+from kata_shim.sandbox.shares import Shares
+from kata_shim.sandbox.stdio import Stdio
+from kata_shim.ttrpc.server import AsyncHandler, Server
+from kata_shim.vm import shared
+
+pytestmark = pytest.mark.quick
+
+SOON = 20.0  # seconds; far more than anything here takes
+Answer = Callable[[], Awaitable[Message]]
+
+
+class Guest:
+    """The guest's end of the channel. `answers` says what a method is answered; all else is fine."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.asked: list[str] = []
+        self._server = Server()
+        self._host: asyncio.StreamWriter | None = None
+        self._server.register(
+            AGENT_SERVICE,
+            {name: (request, self._answering(name, answer)) for name, (request, answer) in AGENT.items()},
+        )
+        self._session = self._server.linked_session(self.send, lambda: None)
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a host."""
+        self._host = writer
+        while data := await reader.read(1 << 16):
+            self._session.receive(data)
+        writer.close()
+
+    def send(self, data: bytes) -> None:
+        """Write to the host, whatever it may mean there."""
+        if self._host is not None:
+            self._host.write(data)
+
+    def cut(self) -> None:
+        """End the host's connection."""
+        assert self._host is not None
+        self._host.close()
+
+    def close(self) -> None:
+        """End what is being served."""
+        self._session.cancel()
+        if self._host is not None:
+            self._host.close()
+
+    def _answering(self, name: str, answer: type[Message]) -> AsyncHandler:
+        async def handle(_: Message) -> Message:
+            self.asked.append(name)
+            return await self.answers[name]() if name in self.answers else answer()
+
+        return handle
+
+
+@pytest.fixture
+async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
+    one = Guest()
+    one.answers["GetOOMEvent"] = never
+    serving = await asyncio.start_unix_server(one.connected, tmp_path / "agent.sock")
+    yield one
+    one.close()
+    serving.close()
+    await serving.wait_closed()
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+async def containers(guest: Guest, tmp_path: Path, told: list[str]) -> AsyncIterator[Containers]:
+    """The containers of a sandbox, one of them created: `c`."""
+    agent = Agent(tmp_path / "agent.sock", _as_it_is)
+    await agent.dial()
+    shared.prepare(tmp_path)
+    names = HostNames(tmp_path, "container", "sandbox")
+
+    async def note() -> None:
+        return None
+
+    some = Containers(
+        "sandbox",
+        GuestContainers(agent),
+        Shares(tmp_path / shared.SHARED),
+        names,
+        os.getpid,
+        note,
+        msize=8192,
+        seccomp=False,
+        hook_path="",
+    )
+    some.tell = lambda event, _: told.append(event)
+    (tmp_path / "rootfs").mkdir()
+    spec = oci.default_spec(str(tmp_path / "rootfs"), ["x"], [], "", terminal=False)
+    await some.create_of("c", spec, "/", (), lambda: Stdio(None, None, None, terminal=False))
+    yield some
+    await some.close()
+    await agent.close()
+    shared.release(tmp_path / shared.SHARED)
+
+
+async def _as_it_is(error: ShimError) -> ShimError:
+    return error
+
+
+async def never() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def status(number: int) -> Answer:
+    async def answer() -> Message:
+        return agent_pb2.WaitProcessResponse(status=number)
+
+    return answer
+
+
+async def ended(containers: Containers) -> Process:
+    """Start it and wait until it has ended."""
+    process = await containers.start("c", "")
+    async with asyncio.timeout(SOON):
+        await process.exited.wait()
+    return process
+
+
+async def test_a_channel_that_is_cut_ends_no_process(
+    guest: Guest, containers: Containers, told: list[str]
+) -> None:
+    waited = asyncio.Event()
+
+    async def first() -> Message:
+        waited.set()
+        guest.answers["WaitProcess"] = status(5)
+        return await never()
+
+    guest.answers["WaitProcess"] = first
+    process = await containers.start("c", "")
+    async with asyncio.timeout(SOON):
+        await waited.wait()
+        assert process.state == "running"
+        guest.cut()
+        await process.exited.wait()
+    assert process.exit_status == 5
+    assert guest.asked.count("WaitProcess") == 2
+    assert told == ["create", "start", "exit"]
+
+
+async def test_a_guest_that_only_makes_noise(guest: Guest, containers: Containers, told: list[str]) -> None:
+    """It is not asked for ever: then its process counts as killed."""
+
+    async def noise() -> Message:
+        guest.send(os.urandom(1000).replace(b"~", b"") + b"\xff" * 100)
+        return await never()
+
+    guest.answers["WaitProcess"] = noise
+    assert (await ended(containers)).exit_status == 137
+    assert 1 <= guest.asked.count("WaitProcess") <= WAITS
+    assert told == ["create", "start", "exit"]
+
+
+@pytest.mark.parametrize("number", [-1, 256, 0x7FFFFFFF, -0x80000000])
+async def test_a_status_that_is_none(guest: Guest, containers: Containers, number: int) -> None:
+    guest.answers["WaitProcess"] = status(number)
+    assert 0 <= (await ended(containers)).exit_status <= 255
+
+
+async def test_output_that_never_ends_hinders_no_delete(guest: Guest, containers: Containers) -> None:
+    guest.answers["WaitProcess"] = status(0)
+    guest.answers["ReadStdout"] = guest.answers["ReadStderr"] = never
+    await ended(containers)
+    async with asyncio.timeout(SOON):
+        await containers.delete("c", "")
+    assert not containers
+
+
+async def test_more_output_than_was_asked_for(guest: Guest, containers: Containers) -> None:
+    """Its streams end; the process is as it is."""
+
+    async def flood() -> Message:
+        return agent_pb2.ReadStreamResponse(data=bytes(3 << 20))
+
+    guest.answers["WaitProcess"] = never
+    guest.answers["ReadStdout"] = flood
+    process = await containers.start("c", "")
+    async with asyncio.timeout(SOON):
+        await process.stdio.drained()
+    assert process.state == "running"
+    assert guest.asked.count("ReadStdout") == 1
+
+
+async def test_a_container_that_the_guest_does_not_remove(guest: Guest, containers: Containers) -> None:
+    async def refuse() -> Message:
+        raise ShimError("internal", "no")
+
+    guest.answers["WaitProcess"] = status(0)
+    guest.answers["RemoveContainer"] = refuse
+    await ended(containers)
+    await containers.delete("c", "")
+    assert not containers
+
+
+async def test_want_of_memory_without_end(guest: Guest, containers: Containers, told: list[str]) -> None:
+    """A guest can tell of it no faster than a few times a second, also of containers that are not there."""
+    asked = asyncio.Event()
+
+    async def at_once() -> Message:
+        if guest.asked.count("GetOOMEvent") >= 5:
+            asked.set()
+        return agent_pb2.OOMEvent(container_id="c" if guest.asked.count("GetOOMEvent") % 2 else "x")
+
+    guest.answers["GetOOMEvent"] = at_once
+    guest.cut()  # which ends the one that is waited for
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(SOON):
+        began = loop.time()
+        await asked.wait()
+        assert loop.time() - began > 0.3
+    assert told.count("oom") <= 3
+
+
+async def test_a_create_that_is_refused_leaves_nothing(
+    guest: Guest, containers: Containers, tmp_path: Path
+) -> None:
+    async def refuse() -> Message:
+        raise ShimError("internal", "no")
+
+    guest.answers["CreateContainer"] = refuse
+    spec = oci.default_spec(str(tmp_path / "rootfs"), ["x"], [], "", terminal=False)
+    with pytest.raises(ShimError, match="no"):
+        await containers.create_of("d", spec, "/", (), lambda: Stdio(None, None, None, terminal=False))
+    assert not containers.has_other_than("c")
+    assert os.listdir(tmp_path / "shared/points") == ["c"]
+    assert os.listdir(tmp_path / "containers") == ["c"]
+
+
+async def test_nothing_is_created_once_the_sandbox_goes(containers: Containers, tmp_path: Path) -> None:
+    """Its directory is being removed then, in which a root file system would be mounted."""
+    await containers.close()
+    spec = oci.default_spec(str(tmp_path / "rootfs"), ["x"], [], "", terminal=False)
+    with pytest.raises(ShimError, match="is being deleted"):
+        await containers.create_of("d", spec, "/", (), lambda: Stdio(None, None, None, terminal=False))
+    assert os.listdir(tmp_path / "shared/points") == ["c"]
