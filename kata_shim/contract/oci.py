@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kata_shim.errors import invalid
+from kata_shim.quoting import quoted
 
 _NOT_IN_THE_GUEST = frozenset({"network", "user", "time"})  # namespaces
 _KEPT_RESOURCES = frozenset({"memory", "cpu", "pids"})
@@ -36,6 +37,8 @@ _MASKED = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug",
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
 Json = dict[str, Any]
+_T = TypeVar("_T")
+_KINDS: dict[type, str] = {str: "strings", dict: "objects"}
 Share = Callable[[str, bool], str]  # a path of the host's, and whether to be read only -> the guest's path
 
 
@@ -108,11 +111,24 @@ def read(spec: object) -> Bundle:
     """Check what is used of a config.json; raises ShimError `invalid-argument` that names the field."""
     if not isinstance(spec, dict):
         raise invalid("config.json: not an object")
-    process, root = _object(spec, "process"), _object(spec, "root")
-    arguments = process.get("args")
-    if not isinstance(arguments, list) or not arguments:
+    process, root, linux = (_object(spec, name) for name in ("process", "root", "linux"))
+    if not _array(process, "args", str, "process."):
         raise invalid("config.json: process.args: missing")
-    return Bundle(spec, str(root.get("path") or "rootfs"), bool(root.get("readonly")))
+    for mount in _array(spec, "mounts", dict):
+        for name in ("destination", "source", "type"):
+            _text(mount, name, "mounts: ")
+        _array(mount, "options", str, "mounts: ")
+    for namespace in _array(linux, "namespaces", dict, "linux."):
+        if not _text(namespace, "type", "linux.namespaces: "):
+            raise invalid("config.json: linux.namespaces: type: missing")
+        _text(namespace, "path", "linux.namespaces: ")
+    limits = _object(linux, "resources")
+    _array(limits, "devices", dict, "linux.resources.")
+    for name in _KEPT_RESOURCES:
+        _object(limits, name)
+    for name in ("hooks", "annotations"):
+        _object(spec, name)
+    return Bundle(spec, _text(root, "path", "root.") or "rootfs", bool(root.get("readonly")))
 
 
 def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[Json, bool]:
@@ -155,7 +171,7 @@ def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[
 
 def resources(given: Json) -> Json:
     """Return the limits that hold in the guest; processors and devices of the host mean nothing there."""
-    kept = {name: dict(value) for name, value in given.items() if name in _KEPT_RESOURCES and value}
+    kept = {name: dict(value) for name in _KEPT_RESOURCES if (value := _object(given, name))}
     for name in _OF_THE_HOSTS_PROCESSORS:
         kept.get("cpu", {}).pop(name, None)
     return kept
@@ -170,7 +186,6 @@ def _device_rules(given: Json) -> list[Json]:
     everything = any(
         one.get("allow") and one.get("type") in (None, "", "a") and one.get("major") in (None, -1)
         for one in rules
-        if isinstance(one, dict)
     )
     return [{"allow": everything, "access": "rwm"}]
 
@@ -206,15 +221,15 @@ def _is_bind(mount: Json) -> bool:
 def _mount(mount: Json, share: Share) -> Json | None:
     destination, options = str(mount.get("destination", "")), [str(one) for one in mount.get("options") or []]
     if not destination.startswith("/"):
-        raise invalid(f"config.json: mounts: destination: {destination!a} is not absolute")
+        raise invalid(f"config.json: mounts: destination: {quoted(destination)} is not absolute")
     is_bind = _is_bind(mount)
     if destination == _SHM and is_bind:
         return {"destination": _SHM, "type": "bind", "source": SANDBOX_SHM, "options": ["bind", *_SAFE]}
     if not is_bind:
         return {**mount, "options": options}
     source = str(mount.get("source", ""))
-    if not source.startswith("/") or "\0" in source:
-        raise invalid(f"config.json: mounts: {destination}: source: {source!a} is not absolute")
+    if not source.startswith("/"):
+        raise invalid(f"config.json: mounts: source: {quoted(source)} is not absolute")
     if any(f"{source}/".startswith(f"{name}/") for name in _OF_THE_SYSTEM):
         return None
     options = [one for one in options if one not in _PROPAGATION]
@@ -232,4 +247,22 @@ def _object(given: Json, name: str) -> Json:
         return {}
     if not isinstance(value, dict):
         raise invalid(f"config.json: {name}: not an object")
+    return value
+
+
+def _text(given: Json, name: str, where: str) -> str:
+    value = given.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or "\0" in value:
+        raise invalid(f"config.json: {where}{name}: {quoted(value)} is not a string without NUL")
+    return value
+
+
+def _array(given: Json, name: str, kind: type[_T], where: str = "") -> list[_T]:
+    value = given.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, kind) for one in value):
+        raise invalid(f"config.json: {where}{name}: not an array of {_KINDS[kind]}")
     return value
