@@ -10,6 +10,7 @@ from kata_shim.qemu.topology import Topology
 
 # The guest's kernel takes what memory it is given into use by itself.
 _GROWING = "memhp_default_state=online "
+MEMORY_MOST = 524288  # MiB, as of default_memory: with the most slots it fits in TCG's 40 bits of addresses
 NOBODY = "00000000-0000-0000-0000-000000000000"  # the uuid of a machine that is no sandbox's
 
 
@@ -26,7 +27,7 @@ def limits(config: Config, host_memory: int) -> Limits:
     hypervisor = config.hypervisor
     if not config.runtime.enable_cpu_memory_hotplug:
         return Limits()
-    memory = host_memory + hypervisor.memory_offset
+    memory = min(host_memory + hypervisor.memory_offset, MEMORY_MOST)
     return Limits(hypervisor.default_maxvcpus, memory, hypervisor.memory_slots)
 
 

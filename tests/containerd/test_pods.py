@@ -194,6 +194,22 @@ def test_network_by_the_ids(node: Kubelet, runtime: Runtime) -> None:
     assert removed.status == 0, removed
 
 
+def test_containers_started_at_once(node: Kubelet) -> None:
+    pod = node.run("a")
+
+    def whole(name: str) -> str:
+        container = pod.start(name, "/bin/sh", "-c", f"echo {name} >/tmp/it; exec sleep infinity")
+        said = pod.exec(container, "/bin/sh", "-c", "until [ -s /tmp/it ]; do :; done; cat /tmp/it")
+        node.cri("RemoveContainer", container_id=container)
+        return said[1].strip()
+
+    names = ["c", "d", "e", "f"]
+    with ThreadPoolExecutor(len(names)) as pool:
+        assert list(pool.map(whole, names)) == names
+    assert node.pods() == {pod.id: "SANDBOX_READY"}
+    assert not node.cri("ListContainers").containers
+
+
 def test_a_privileged_container(node: Kubelet) -> None:
     """It may do in the guest what it likes; it sees no device of the host's."""
     pod = node.run("a", privileged=True)

@@ -15,7 +15,7 @@ from kata_shim.contract.oci import Wants, wants
 from kata_shim.errors import ShimError
 from kata_shim.qemu.cmdline import build
 from kata_shim.sandbox.sizing import SHM_SIZE, shm_size, together
-from kata_shim.vm.spec import Limits, describe, limits
+from kata_shim.vm.spec import MEMORY_MOST, Limits, describe, limits
 from tests.support import PROJECT
 
 pytestmark = pytest.mark.quick
@@ -66,6 +66,7 @@ def test_limits() -> None:
     assert limits(shipped, 8192) == Limits()
     growing = _growing(shipped)
     assert limits(growing, 8192) == Limits(os.cpu_count() or 1, 8192, 10)
+    assert limits(growing, 1 << 24).memory == MEMORY_MOST
     hypervisor = replace(growing.hypervisor, default_maxvcpus=2, memory_offset=1024, memory_slots=3)
     assert limits(replace(growing, hypervisor=hypervisor), 8192) == Limits(2, 9216, 3)
 
