@@ -18,6 +18,7 @@ from tests.containerd import api_pb2 as api
 from tests.containerd.daemon import PATIENCE, RUNTIME, Containerd, containerd
 from tests.containerd.images import write_image
 
+TIMEOUT = 2 * PATIENCE  # seconds; the first pod of a configuration makes its template
 LOOK = 0.02  # seconds between two looks
 HANDLER = "kata"
 PAUSE = "localhost/pause:1"
@@ -59,7 +60,7 @@ class Cri:
     def __call__(self, method: str, **fields: Any) -> Any:
         """Call a method; raises grpc.RpcError."""
         request, call = self._methods[method]
-        return call(request(**fields), timeout=PATIENCE)
+        return call(request(**fields), timeout=TIMEOUT)
 
 
 @dataclass

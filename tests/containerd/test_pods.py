@@ -104,7 +104,7 @@ def test_stop(node: Kubelet) -> None:
     pod = node.run("a")
     polite = pod.start("c", "/bin/sh", "-c", 'trap "exit 9" TERM; echo up; while :; do sleep 0.1; done')
     deaf = pod.start("d", "/bin/sh", "-c", 'trap "" TERM; while :; do sleep 0.1; done')
-    assert pod.exec(polite, "/bin/sh", "-c", "until ps | grep -q 'sleep 0.1'; do :; done")[0] == 0
+    assert pod.exec(polite, "/bin/sh", "-c", "until ps | grep -q 'sleep 0.1'; do sleep 0.05; done")[0] == 0
     node.cri("StopContainer", container_id=polite, timeout=60)
     assert pod.await_end(polite).exit_code == 9
     node.cri("StopContainer", container_id=deaf, timeout=1)
@@ -163,6 +163,42 @@ def test_what_a_container_is_given(node: Kubelet, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "ro") == ["file"]
 
 
+def test_volumes_that_a_kubelet_makes(node: Kubelet, tmp_path: Path) -> None:
+    """A configuration map, replaced by a link's rename, and the file for a container's last words."""
+    volume, last_words = tmp_path / "map", tmp_path / "last-words"
+    last_words.touch()
+    for version in ("1", "2"):
+        (volume / version).mkdir(parents=True)
+        (volume / version / "key").write_text(f"{version}\n")
+    (volume / "..data").symlink_to("1")
+    (volume / "key").symlink_to("..data/key")
+    pod = node.run("a")
+    mounts = [
+        api.Mount(container_path="/var/run/secrets/map", host_path=str(volume), readonly=True),
+        api.Mount(container_path="/dev/termination-log", host_path=str(last_words)),
+    ]
+    container = pod.start("c", *FOREVER, mounts=mounts)
+    show = ("cat", "/var/run/secrets/map/key")
+    assert pod.exec(container, *show) == (0, "1\n", "")
+    (volume / "..new").symlink_to("2")
+    (volume / "..new").rename(volume / "..data")
+    assert pod.exec(container, *show) == (0, "2\n", "")
+    assert pod.exec(container, "/bin/sh", "-c", "echo farewell >/dev/termination-log") == (0, "", "")
+    assert last_words.read_text() == "farewell\n"
+
+
+def test_a_container_that_cannot_start(node: Kubelet) -> None:
+    pod = node.run("a")
+    broken = pod.create("c", "/bin/nothing")
+    with pytest.raises(grpc.RpcError, match=r"/bin/nothing.*No such file"):
+        node.cri("StartContainer", container_id=broken)
+    status = pod.status(broken)
+    assert (status.state, status.reason) == (api.CONTAINER_EXITED, "StartError")
+    node.cri("RemoveContainer", container_id=broken)
+    whole = pod.start("c", *FOREVER)
+    assert pod.exec(whole, "/bin/echo", "fine") == (0, "fine\n", "")
+
+
 def test_stats_and_resources(node: Kubelet) -> None:
     pod = node.run("a")
     given = {"memory_limit_in_bytes": 64 << 20, "cpu_quota": 50000, "cpu_period": 100000}
@@ -199,7 +235,7 @@ def test_containers_started_at_once(node: Kubelet) -> None:
 
     def whole(name: str) -> str:
         container = pod.start(name, "/bin/sh", "-c", f"echo {name} >/tmp/it; exec sleep infinity")
-        said = pod.exec(container, "/bin/sh", "-c", "until [ -s /tmp/it ]; do :; done; cat /tmp/it")
+        said = pod.exec(container, "/bin/sh", "-c", "until [ -s /tmp/it ]; do sleep 0.1; done; cat /tmp/it")
         node.cri("RemoveContainer", container_id=container)
         return said[1].strip()
 
