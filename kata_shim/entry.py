@@ -128,8 +128,8 @@ def _delete(flags: dict[str, str]) -> int:
         if client.is_id(container_id) and os.path.isdir(client.sandbox_directory(root, container_id)):
             silent.clear(root, container_id, SILENCE)
         path = _socket_path(flags, sandbox_id)
-        if os.path.lexists(path) and not _answers(path):
-            os.unlink(path)
+        if not _answers(path):
+            _unlink(path)
     _answer_deleted()
     return 0
 
@@ -227,7 +227,7 @@ def _listen(path: str) -> socket:
         if os.path.lexists(path):
             if _answers(path):
                 raise ShimError("already-exists", f"{path}: another shim answers there")
-            os.unlink(path)
+            _unlink(path)
         listener.bind(path)
         listener.listen(1024)
     except BaseException:
@@ -236,6 +236,13 @@ def _listen(path: str) -> socket:
     finally:
         os.umask(mask)
     return listener
+
+
+def _unlink(path: str) -> None:
+    from contextlib import suppress
+
+    with suppress(FileNotFoundError):  # a shim that ends has done so
+        os.unlink(path)
 
 
 def _require_listening(path: str, sandbox_id: str) -> None:
