@@ -36,6 +36,9 @@ _CAPABILITIES = [
 _MASKED = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/sys/firmware"]
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
+# Of what the guest's runtime is given, whatever the bundle says: Debian 12's crun refuses 1.1.
+_OCI_VERSION = "1.0.2"
+
 Json = dict[str, Any]
 _T = TypeVar("_T")
 _KINDS: dict[type, str] = {str: "strings", dict: "objects"}
@@ -145,7 +148,7 @@ def adapt(bundle: Bundle, rootfs: str, share: Share, *, seccomp: bool) -> tuple[
     linux = _object(spec, "linux")
     namespaces, shares_pids = _namespaces(linux.get("namespaces") or [])
     adapted: Json = {
-        "ociVersion": str(spec.get("ociVersion", "1.0.2")),
+        "ociVersion": _OCI_VERSION,
         "process": process,
         "root": {"path": rootfs, "readonly": bundle.readonly},
         "hostname": str(spec.get("hostname") or ""),

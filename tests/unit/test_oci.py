@@ -58,12 +58,15 @@ def test_where_the_root_is(root: Json, path: str) -> None:
 
 def test_what_is_kept() -> None:
     kept: Json = {
-        "ociVersion": "1.1.0",
         "hostname": "pod",
         "annotations": {"io.kubernetes.cri.sandbox-id": "s"},
     }
     found = adapted(**kept)
     assert {name: found[name] for name in kept} == kept
+
+
+def test_a_bundle_of_a_later_version_is_one_for_the_guests_runtime() -> None:
+    assert adapted(ociVersion="1.1.0+dev")["ociVersion"] == "1.0.2"
 
 
 def test_what_of_linux_is_kept() -> None:
