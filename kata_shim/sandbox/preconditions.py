@@ -21,6 +21,8 @@ def check(config: Config) -> None:
         raise refusal(config, "image", sentence)
     if hypervisor.machine_type == "virt":
         raise refusal(config, "machine_type", "virt is a machine of ARM's; on this host it is one of q35, pc")
+    if hypervisor.shared_fs != "virtio-9p":
+        raise refusal(config, "shared_fs", "this version shares files by virtio-9p only; set it to that")
     check_files(config)
     length = len(kernel_command_line(kernel_params(hypervisor), hypervisor.enable_debug))
     if length > COMMAND_LINE_MOST:
