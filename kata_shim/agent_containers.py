@@ -15,7 +15,7 @@ from kata_shim.protos import agent_pb2, oci_pb2
 from kata_shim.protos.services import AGENT_SERVICE
 
 RUNTIME_TIMEOUT = 60.0  # seconds for what takes a process in the guest
-CHUNK = 256 * 1024  # bytes asked for at a time
+CHUNK = 768 << 10  # bytes asked for at a time; an answer has 1 MiB at most
 
 SHARED_TAG = "kataShared"  # of the machine's 9p device, as Kata's is called
 

@@ -6,15 +6,21 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO
 
 from kata_shim.errors import ShimError
+
+MUCH = 16 << 10  # bytes in one answer; more than who types or prints a line sees
+GATHERING = 0.008  # seconds
 
 
 class Pipe:
     """The agent's end of a process's pipe or pseudo-terminal, to read from it or to write to it.
 
-    Nothing is buffered: it is read when the shim asks for it.
+    Nothing is buffered: it is read when the shim asks for it. Where much comes, an answer waits a moment for
+    more: each costs an emulated guest as much as a hundred thousand bytes do, and a process that is not given
+    the processor in between writes only little.
     """
 
     def __init__(self, fd: int) -> None:
@@ -23,6 +29,7 @@ class Pipe:
         self._lock = asyncio.Lock()
         self._waiter: asyncio.Future[None] | None = None
         self._unwatch: Callable[[], bool] = bool
+        self._flows = False
 
     @property
     def closed(self) -> bool:
@@ -31,9 +38,11 @@ class Pipe:
     async def read(self, length: int) -> bytes:
         """Return what there is, at most so many bytes; wait until there is some; b"" at the end."""
         async with self._lock:
+            if self._flows:
+                await asyncio.sleep(GATHERING)
             while not self.closed:
                 try:
-                    data = os.read(self._fd, length)
+                    data = self._take(length)
                 except BlockingIOError:
                     loop = asyncio.get_running_loop()
                     await self._ready(loop.add_reader, loop.remove_reader)
@@ -44,8 +53,17 @@ class Pipe:
                     data = b""
                 if not data:
                     self.close()
+                self._flows = len(data) >= MUCH
                 return data
             return b""
+
+    def _take(self, length: int) -> bytes:
+        """Read what there is; a pseudo-terminal gives no more than a page at a time."""
+        data = os.read(self._fd, length)
+        with suppress(OSError):  # the next call tells
+            while data and len(data) < length and (more := os.read(self._fd, length - len(data))):
+                data += more
+        return data
 
     async def write(self, data: bytes) -> None:
         """Write all of it. Raises `failed-precondition` when nobody reads any more."""
