@@ -96,7 +96,7 @@ class Agent:
         await self.set_time()
 
     async def online_cpus(self, count: int) -> None:
-        """Have the guest use so many CPUs that were plugged in."""
+        """Have the guest use so many of the CPUs that were plugged in and are offline."""
         await self.call(
             AGENT_SERVICE, "OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(nb_cpus=count, cpu_only=True)
         )

@@ -68,8 +68,9 @@ class Growth:
         more = free[: max(0, wanted - there)]
         for number, slot in enumerate(more, there):
             await self._plug({"driver": slot["type"], "id": f"vcpu-{number}", **slot["props"]})
-        if more:
-            await self._machine.agent.online_cpus(len(more))
+        if (plugged := there + len(more) - self._hypervisor.default_vcpus) > 0:
+            # All of them: an earlier call may not have come as far as this.
+            await self._machine.agent.online_cpus(plugged)
 
     async def _plug(self, device: dict[str, Any]) -> None:
         """Plug a device in; returns when the guest has it."""

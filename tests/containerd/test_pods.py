@@ -13,8 +13,8 @@ import pytest
 
 from tests.containerd import api_pb2 as api
 from tests.containerd.cri import HANDLER, Kubelet
-from tests.support import Runtime
-from tests.system.network import nic
+from tests.support import Result, Runtime
+from tests.system.network import address, nic
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+(Z|[+-]\d\d:\d\d)")
 FOREVER = ("/bin/sleep", "infinity")
@@ -216,13 +216,19 @@ def test_stats_and_resources(node: Kubelet) -> None:
 def test_network_by_the_ids(node: Kubelet, runtime: Runtime) -> None:
     pod = node.run("a")
     container = pod.start("c", *FOREVER)
-    added = runtime("kata-network", "add-iface", pod.id[:12], "-", stdin=json.dumps(nic(1)))
+    described = nic(1, IPAddresses=address("172.16.0.3", "16"))
+    added = runtime("kata-network", "add-iface", pod.id[:12], "-", stdin=json.dumps(described))
     assert added.status == 0, added
     listed = [runtime("kata-network", "list-ifaces", one) for one in (pod.id, container, container[:12])]
     assert [one.status for one in listed] == [0, 0, 0], listed
     assert listed[0].json == listed[1].json == listed[2].json
     assert [one["mac"] for one in listed[0].json] == [nic(1)["hwAddr"]]
-    assert nic(1)["name"] in pod.exec(container, "ls", "/sys/class/net")[1].split()
+    line = "172.16.0.0/16 dev eth1 scope link src 172.16.0.3"
+    assert " ".join(pod.exec(container, "ip", "route")[1].split()) == line
+    virtual = ("kata-ipvs", "ipvsadm", "--parameters")
+    assert runtime(*virtual, "-A -t 172.16.0.3:80 -s rr -p 3000", container[:12]) == Result(0, "", "")
+    assert "172.16.0.3:80" in runtime(*virtual, "-L", pod.id[:12]).stdout
+    assert "AC100003:0050" in runtime("exec", "--guest", container, "--", "cat", "/proc/net/ip_vs").stdout
     inside = runtime("exec", container[:12], "--", "/bin/sh", "-c", "echo $$; ps")
     assert inside.status == 0
     assert "1 root" in inside.stdout
