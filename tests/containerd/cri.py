@@ -151,7 +151,7 @@ class Kubelet:
         directory = tempfile.mkdtemp(prefix=name, dir=self.logs)
         namespaces = api.NamespaceOption(network=api.NODE, pid=pid)
         config = api.PodSandboxConfig(
-            metadata=api.PodSandboxMetadata(name=name, uid=name, namespace="default"),
+            metadata=api.PodSandboxMetadata(name=name, uid=Path(directory).name, namespace="default"),
             hostname=name,
             log_directory=directory,
             dns_config=api.DNSConfig(servers=["192.0.2.53"], searches=["example.org"]),
