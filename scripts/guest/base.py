@@ -14,7 +14,7 @@ from guest.debian import MERGED, BuildError
 from guest.tree import Tree, needed_libraries
 
 PACKAGES = [
-    *("linux-image-amd64", "busybox", "conntrack", "iproute2", "ipvsadm", "python3.11-minimal"),
+    *("linux-image-amd64", "busybox", "conntrack", "crun", "iproute2", "ipvsadm", "python3.11-minimal"),
     *(
         "libpython3.11-minimal",
         "libpython3.11-stdlib",
@@ -45,13 +45,13 @@ PACKAGES = [
         "libyajl2",
         "libzstd1",
     ),
-    *("libpcre2-8-0", "libpopt0", "libselinux1", "libstdc++6", "libxtables12", "zlib1g"),
+    *("libpcre2-8-0", "libpopt0", "libselinux1", "libstdc++6", "libxtables12", "runc", "zlib1g"),
 ]
 PROGRAMS = [
     *("usr/bin/busybox", "usr/bin/python3.11", "usr/bin/ip", "usr/sbin/bridge", "usr/sbin/tc"),
     *("usr/sbin/ipvsadm", "usr/sbin/conntrack"),
 ]
-RUNTIMES = {"crun": "usr/bin/crun", "runc": "usr/sbin/runc"}  # of each package, the program
+RUNTIMES = {"crun": "usr/bin/crun", "runc": "usr/sbin/runc"}  # one of them is in a guest
 STDLIB = "usr/lib/python3.11/"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
 FOR_PROTOBUF = "libstdc++.so.6"  # without it protobuf falls back, silently, to Python several times as slow
