@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kata_shim import messages
-from kata_shim.messages import Cancel, Request, Stdin
+from kata_shim.messages import Cancel, Request, Resize, Stdin
 
 CLI = str(Path(sys.executable).parent / "kata-runtime")
 
-Message = Request | Cancel | Stdin
+Message = Request | Cancel | Stdin | Resize
 Reply = Callable[[socket.socket, Message], None]
 
 
