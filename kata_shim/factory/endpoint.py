@@ -18,7 +18,7 @@ import orjson
 
 from kata_shim.errors import ShimError
 
-TIMEOUT = 1.0  # seconds: a factory that stands still must not hold up a start for longer
+TIMEOUT = 3.0  # seconds: a factory that stands still must not hold up a start for longer
 
 Answer = Callable[[], Awaitable[Any]]
 

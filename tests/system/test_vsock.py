@@ -104,7 +104,7 @@ def test_vsock_is_the_channel(nested: Nested, guest: Guest) -> None:
     assert guest.run("ls", "-A", "/sys/class/virtio-ports") == Result(0, "", "")
     pid = str(nested("state", "sb").json["pid"])
     capabilities = nested.shell('grep CapEff "/proc/$1/status"; readlink /proc/$1/fd/* | grep vsock', pid)
-    assert capabilities == Result(0, "CapEff:\t000000008800001b\n/dev/vhost-vsock\n", "")
+    assert capabilities == Result(0, "CapEff:\t000000008000001b\n/dev/vhost-vsock\n", "")
 
 
 def test_network(guest: Guest) -> None:
@@ -159,18 +159,27 @@ def test_qemu_killed(nested: Nested, guest: Guest) -> None:
     assert (stopped["status"], stopped["pid"], stopped["cause"]) == ("stopped", 0, "QEMU has ended")
 
 
+def _run_kept(nested: Nested) -> tuple[str, str]:
+    """Start a sandbox once the factory has a VM ready; return its source, and its shim's log."""
+    watching = ("chroot", "/host", "python3", "-c", WATCH, ENDPOINT)
+    outer = nested.outer
+    ready = outer.runtime("exec", outer.id, "--", *watching, timeout=BOOT_TIMEOUT)
+    assert ready == Result(0, "", "")
+    assert nested("run", "--detach", "kept", timeout=BOOT_TIMEOUT) == Result(0, "", "")
+    why = nested.shell("cat /run/nested/sandboxes/kept/shim.log").stdout
+    return str(nested("state", "kept").json["source"]), why
+
+
 def test_a_sandbox_from_the_cache(nested: Nested, guest: Guest) -> None:
     """It keeps the context id that the factory gave to its VM, after whose uuid it goes."""
     with nested.start("factory", "init") as factory:
         assert factory.stderr is not None
         assert b"the factory serves" in factory.stderr.readline()
-        watching = ("chroot", "/host", "python3", "-c", WATCH, ENDPOINT)
-        outer = nested.outer
-        ready = outer.runtime("exec", outer.id, "--", *watching, timeout=BOOT_TIMEOUT)
-        assert ready == Result(0, "", "")
-        assert nested("run", "--detach", "kept", timeout=BOOT_TIMEOUT) == Result(0, "", "")
-        why = nested.shell("cat /run/nested/sandboxes/kept/shim.log")
-        assert nested("state", "kept").json["source"] == "cache", why
+        source, why = _run_kept(nested)
+        if source != "cache":  # nested, it may once not answer in the time that a start waits
+            assert nested("delete", "--force", "kept") == Result(0, "", "")
+            source, why = _run_kept(nested)
+        assert source == "cache", why
         uuid = json.loads(nested.shell("cat /run/nested/sandboxes/kept/record.json").stdout)["uuid"]
         kept = Guest(nested, "kept")
         assert kept.run("python3", "-c", CONTEXT_ID) == Result(0, f"{guest_cid(uuid)}\n", "")
