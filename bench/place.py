@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from kata_shim import client
+from kata_shim import registry
 from kata_shim.config import Config, load
 from kata_shim.factory import tmpfs
 
@@ -75,7 +75,7 @@ class Place:
 
     def __exit__(self, *_: object) -> None:
         try:
-            for name in client.list_ids(str(self.root)):
+            for name in registry.list_ids(str(self.root)):
                 self.cli("delete", "--force", name)
         finally:
             self._ending.close()

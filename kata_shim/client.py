@@ -3,11 +3,6 @@
 A caller lives for milliseconds, so what costs more than a millisecond to import (json, socket with its enums)
 is imported only where it is needed. The protocol is the one of kata_shim/messages.py, which needs orjson and
 is therefore not used here.
-
-    <root>/sandboxes/<id>/   shim.sock  the shim listens here          lock      taken by who starts a shim
-                             shim.log   its stdout and stderr          record.json   what the sandbox owns
-    <root>/containers/<id>   a link to the sandbox of a container that has not its sandbox's own id
-    <root>/factory/          zygote.sock   where a process listens, if the factory runs, that forks shims
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from _signal import (  # type: ignore[import-not-found]  # typeshed has only sig
     set_wakeup_fd,
     signal,
 )
-from _socket import AF_UNIX, SOCK_STREAM, socket
+from _socket import socket
 from select import POLLIN, poll
 
 from kata_shim.errors import CODES, ShimError
@@ -34,133 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from kata_shim.spawn import Containerd
-
 MAX_LINE = 4 * 1024 * 1024
-MAX_ID = 64
-MAX_SUN_PATH = 107
 CANCEL_TIMEOUT = 20.0
-DEFAULT_ROOT = "/run/kata-shim"
 
 _woken = -1  # see _wake
-
-_ID_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
-
-
-def is_id(text: str) -> bool:
-    """Tell whether `text` is a sandbox id: 1 to 64 of A-Z a-z 0-9 _ . - and neither "." nor ".."."""
-    return 0 < len(text) <= MAX_ID and not text.strip(_ID_CHARACTERS) and text not in (".", "..")
-
-
-def sandbox_directory(root: str, sandbox_id: str) -> str:
-    """Return the directory of a sandbox under the root of state."""
-    return f"{root}/sandboxes/{sandbox_id}"
-
-
-def check_root(root: str) -> bool:
-    """Return whether the root of state exists; raises ShimError if someone else could have written to it."""
-    try:
-        status = os.stat(root)
-    except FileNotFoundError:
-        return False
-    if status.st_uid != os.geteuid():
-        raise ShimError("permission-denied", f"{root}: belongs to uid {status.st_uid}, not to the caller's")
-    if status.st_mode & 0o022:
-        mode = status.st_mode & 0o7777
-        raise ShimError("permission-denied", f"{root}: mode {mode:o} lets group or others write into it")
-    return True
-
-
-def list_ids(root: str) -> list[str]:
-    """Return the ids of all sandboxes, sorted. Raises ShimError as `check_root` does."""
-    if not check_root(root):
-        return []
-    try:
-        names = os.listdir(f"{root}/sandboxes")
-    except FileNotFoundError:
-        return []
-    return sorted(name for name in names if is_id(name))
-
-
-def claim(root: str, sandbox_id: str) -> os.stat_result:
-    """Make the directory of a new sandbox, mode 0700, which makes the id the caller's; return what it is.
-
-    Raises ShimError: `invalid-argument` for what is no id, `already-exists` where another has it.
-    """
-    if not is_id(sandbox_id):
-        rule = f"1 to {MAX_ID} of A-Z a-z 0-9 _ . - (and . and .. are none)"
-        raise ShimError("invalid-argument", f"id: {sandbox_id} is not {rule}")
-    os.makedirs(root, 0o700, exist_ok=True)
-    check_root(root)
-    os.makedirs(f"{root}/sandboxes", 0o700, exist_ok=True)
-    try:
-        os.mkdir(sandbox_directory(root, sandbox_id), 0o700)
-    except FileExistsError:
-        raise ShimError("already-exists", f"id: {sandbox_id} is in use") from None
-    return os.stat(sandbox_directory(root, sandbox_id))
-
-
-def remove(root: str, sandbox_id: str) -> None:
-    """Remove the directory of a sandbox that owns nothing: no shim has written a record for it.
-
-    Raises ShimError `failed-precondition` where there is a record, since only a shim can clear what it lists,
-    and where something is mounted below it.
-    """
-    directory = sandbox_directory(root, sandbox_id)
-    if os.path.lexists(f"{directory}/record.json"):
-        raise ShimError("failed-precondition", f"{sandbox_id} still owns what {directory}/record.json lists")
-    from kata_shim.removal import remove_tree
-
-    try:
-        remove_tree(directory)
-    except OSError as error:
-        where = error.filename or directory
-        raise ShimError("failed-precondition", f"{sandbox_id}: {where}: {error.strerror}") from None
-
-
-def resolve(root: str, prefix: str) -> str:
-    """Return the id of the sandbox that `prefix` means, by its own id or by that of a container in it.
-
-    Raises ShimError as `resolve_container`.
-    """
-    return resolve_container(root, prefix)[0]
-
-
-def resolve_container(root: str, prefix: str) -> tuple[str, str]:
-    """Return a sandbox's id, and the id of a container in it, "" if it is the sandbox that is meant.
-
-    `prefix` is an id, or else the beginning of only one. Raises ShimError in the words of the documented
-    system: `Missing container ID`, `no such container ID (x)` and `multiple containers found (x)`.
-    """
-    if not prefix:
-        raise ShimError("invalid-argument", "Missing container ID")
-    if is_id(prefix) and check_root(root) and os.path.isdir(sandbox_directory(root, prefix)):
-        return prefix, ""
-    containers = _list_containers(root)
-    if prefix in containers:
-        return containers[prefix], prefix
-    found = [(name, "") for name in list_ids(root) if name.startswith(prefix)]
-    found += [(sandbox, name) for name, sandbox in containers.items() if name.startswith(prefix)]
-    if not found:
-        raise ShimError("not-found", f"no such container ID ({prefix})")
-    if len(found) > 1:
-        raise ShimError("failed-precondition", f"multiple containers found ({prefix})")
-    return found[0]
-
-
-def _list_containers(root: str) -> dict[str, str]:
-    """Return the containers that have not their sandbox's own id: id -> the sandbox's."""
-    found = {}
-    directory = f"{root}/containers"
-    if check_root(root) and os.path.isdir(directory):
-        for name in os.listdir(directory):
-            try:
-                sandbox = os.path.basename(os.readlink(f"{directory}/{name}"))
-            except FileNotFoundError:
-                continue  # it has just been given back
-            if os.path.isdir(sandbox_directory(root, sandbox)):
-                found[name] = sandbox
-    return found
 
 
 class CancelledError(ShimError):
@@ -352,126 +224,6 @@ def _wake() -> int:
 def cancellation(call_id: int) -> bytes:
     """Return the line that gives call `call_id` up."""
     return b'{"id":%d,"cancel":true}\n' % call_id
-
-
-def connect(
-    root: str,
-    sandbox_id: str,
-    warn: Callable[[str], None] | None = None,
-    *,
-    revive: bool = True,
-    containerd: Containerd | None = None,
-) -> Connection:
-    """Connect to the shim of `sandbox_id`, a full id; with `revive`, start one where none is running.
-
-    Any number of callers at once start one shim, `containerd`'s if given. Raises ShimError: `not-found`
-    without such a sandbox, `unavailable` where no shim runs and none is to be started; OSError where it
-    cannot be started.
-    """
-    directory = sandbox_directory(root, sandbox_id)
-    sock = _dial(directory)
-    if sock is None and revive:
-        sock = _start_shim(root, sandbox_id, directory, containerd)
-    if sock is None:
-        raise ShimError("unavailable", f"no shim of {sandbox_id} is running")
-    return Connection(sock, directory, warn)
-
-
-def _dial(directory: str) -> socket | None:
-    """Return a socket connected to the shim of `directory`, or None where nobody listens."""
-    sock = socket(AF_UNIX, SOCK_STREAM)
-    try:
-        _at_path(directory, "shim.sock", sock.connect)
-    except (ConnectionRefusedError, FileNotFoundError):
-        sock.close()
-        return None
-    return sock
-
-
-def _dial_zygote(root: str) -> socket | None:
-    """Return a socket connected to the factory's zygote, or None; it does not wait."""
-    sock = socket(AF_UNIX, SOCK_STREAM)
-    sock.setblocking(False)
-    try:
-        _at_path(f"{root}/factory", "zygote.sock", sock.connect)
-    except OSError:
-        sock.close()
-        return None
-    return sock
-
-
-def _at_path(directory: str, name: str, act: Callable[[str], None]) -> None:
-    """Call `act` with a path of the directory's socket that fits into a socket address (unix(7))."""
-    path = f"{directory}/{name}"
-    if len(os.fsencode(path)) <= MAX_SUN_PATH:
-        act(path)
-        return
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        act(f"/proc/self/fd/{descriptor}/{name}")
-    finally:
-        os.close(descriptor)
-
-
-def _start_shim(root: str, sandbox_id: str, directory: str, containerd: Containerd | None) -> socket | None:
-    """Start a shim unless someone else has meanwhile, and return a socket connected to it."""
-    from kata_shim.spawn import spawn
-
-    lock = _take_lock(sandbox_id, f"{directory}/lock")
-    try:
-        sock = _dial(directory)
-        if sock is not None:
-            return sock
-        listener = _listen(directory)
-        try:
-            zygote = _dial_zygote(root)
-            try:
-                log = f"{directory}/shim.log"
-                spawn(root, sandbox_id, log, listener.fileno(), zygote, containerd)
-            finally:
-                if zygote is not None:
-                    zygote.close()
-            # Before our own copy of the listener is closed: if the shim dies at once, this connection is
-            # reset and tells, where a later one would only be refused.
-            return _dial(directory)
-        finally:
-            listener.close()
-    finally:
-        os.close(lock)
-
-
-def _take_lock(sandbox_id: str, path: str) -> int:
-    import fcntl
-
-    while True:
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # While we waited the sandbox may have been deleted, and even made again with a lock of its own.
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
-                return lock
-        except (FileNotFoundError, NotADirectoryError):
-            raise ShimError("not-found", f"no such container ID ({sandbox_id})") from None
-        os.close(lock)
-
-
-def _listen(directory: str) -> socket:
-    """Return a socket listening at the directory's shim.sock, mode 0600, in the place of a dead shim's."""
-    import contextlib
-
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{directory}/shim.sock")
-    listener = socket(AF_UNIX, SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        _at_path(directory, "shim.sock", listener.bind)
-        listener.listen(1024)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.umask(mask)
-    return listener
 
 
 def _error_of(error: object) -> ShimError:

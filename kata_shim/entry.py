@@ -11,7 +11,7 @@ import os
 import sys
 from _socket import AF_UNIX, SOCK_STREAM, socket
 
-from kata_shim import client
+from kata_shim import registry, shims
 from kata_shim.errors import ShimError, invalid
 
 SOCKETS = "/run/containerd/s"  # where containerd's own shims have theirs
@@ -95,23 +95,23 @@ def _start_sandbox(flags: dict[str, str], sandbox_id: str, path: str) -> None:
 
     root = _root()
     _bury(root, sandbox_id, path)
-    client.claim(root, sandbox_id)
+    registry.claim(root, sandbox_id)
     try:
         listener = _listen(path)
         events = os.environ.get("TTRPC_ADDRESS") or flags.get("address", "") + ".ttrpc"
         containerd = Containerd(listener.fileno(), flags.get("namespace", ""), events)
-        client.connect(root, sandbox_id, containerd=containerd).close()
+        shims.connect(root, sandbox_id, containerd=containerd).close()
     except BaseException:
-        client.remove(root, sandbox_id)
+        registry.remove(root, sandbox_id)
         raise
     listener.close()
 
 
 def _bury(root: str, sandbox_id: str, path: str) -> None:
     """Clear what is left of a shim that died before containerd knew of it; the socket tells it was its."""
-    if not client.is_id(sandbox_id) or not os.path.lexists(path) or _answers(path):
+    if not registry.is_id(sandbox_id) or not os.path.lexists(path) or _answers(path):
         return
-    if os.path.isdir(client.sandbox_directory(root, sandbox_id)):
+    if os.path.isdir(registry.sandbox_directory(root, sandbox_id)):
         from kata_shim.cli import silent
 
         silent.clear(root, sandbox_id, SILENCE)
@@ -125,7 +125,7 @@ def _delete(flags: dict[str, str]) -> int:
         from kata_shim.cli import silent
 
         root = _root()
-        if client.is_id(container_id) and os.path.isdir(client.sandbox_directory(root, container_id)):
+        if registry.is_id(container_id) and os.path.isdir(registry.sandbox_directory(root, container_id)):
             silent.clear(root, container_id, SILENCE)
         path = _socket_path(flags, sandbox_id)
         if not _answers(path):
@@ -273,7 +273,7 @@ def _tell(path: str, *, as_json: bool) -> None:
 
 
 def _root() -> str:
-    return os.environ.get("KATA_SHIM_ROOT") or client.DEFAULT_ROOT
+    return os.environ.get("KATA_SHIM_ROOT") or registry.DEFAULT_ROOT
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import select
 import signal
 
-from kata_shim import client
+from kata_shim import client, registry, shims
 from kata_shim.cli.arguments import UsageError
 from kata_shim.cli.terminal import say, write
 from kata_shim.errors import ShimError, invalid
@@ -31,7 +31,7 @@ def execute(arguments: Arguments) -> int:
     The status is its own, 128+n for a signal, 126 or 127 where it cannot run. The first signal cancels the
     command and waits for its end, a second one leaves at once: status 128+n.
     """
-    sandbox_id, container = client.resolve_container(arguments.root, arguments.words[0])
+    sandbox_id, container = registry.resolve_container(arguments.root, arguments.words[0])
     argv = arguments.words[1:]
     if not argv:
         raise UsageError("which command?")
@@ -41,7 +41,7 @@ def execute(arguments: Arguments) -> int:
     elif container:
         params["container"] = container
     terminal = terminal_of(arguments, params)
-    return attend(client.connect(arguments.root, sandbox_id, say), "sandbox.exec", params, terminal)
+    return attend(shims.connect(arguments.root, sandbox_id, say), "sandbox.exec", params, terminal)
 
 
 def command(arguments: Arguments, argv: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 # As the json package uses them; importing that takes longer than all else here.
 from _json import encode_basestring, scanstring
 
-from kata_shim import client
+from kata_shim import registry, shims
 from kata_shim.cli.arguments import UsageError
 from kata_shim.cli.terminal import ProgressLine, write
 from kata_shim.errors import invalid
@@ -38,10 +38,10 @@ def ipvs(arguments: Arguments) -> int:
     if len(words) > 1:
         raise UsageError(f"{command}: unexpected argument {words[1]}")
     way = _way(command, arguments)
-    sandbox_id = client.resolve(arguments.root, words[0] if words else "")
+    sandbox_id = registry.resolve(arguments.root, words[0] if words else "")
     line = ProgressLine()
     params = _params(way, arguments)
-    connection = client.connect(arguments.root, sandbox_id, line.say)
+    connection = shims.connect(arguments.root, sandbox_id, line.say)
     try:
         result = connection.call(
             f"kata-ipvs.{_METHODS.get(way, command)}",

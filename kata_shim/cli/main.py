@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kata_shim import client
+from kata_shim import client, registry
 from kata_shim.cli.arguments import Arguments, HelpAsked, UsageError, split
 from kata_shim.cli.terminal import say, write
 from kata_shim.errors import ShimError
@@ -232,7 +232,7 @@ def _dispatch(name: str, command: Command, tokens: list[str], root: str) -> int:
         raise UsageError(f"unexpected argument {words[most]}")
     if len(words) < least:
         raise ShimError("invalid-argument", "Missing container ID")
-    root = flags.get("--root", [root])[-1] or os.environ.get("KATA_SHIM_ROOT") or client.DEFAULT_ROOT
+    root = flags.get("--root", [root])[-1] or os.environ.get("KATA_SHIM_ROOT") or registry.DEFAULT_ROOT
     return command.load()(Arguments(words, flags, os.path.abspath(root)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kata_shim import client
+from kata_shim import registry, shims
 from kata_shim.cli.arguments import UsageError
 from kata_shim.cli.terminal import say, write
 
@@ -34,13 +34,13 @@ def network(arguments: Arguments) -> int:
         raise UsageError(f"{command}: unexpected argument {words[1 + COMMANDS[command]]}")
     if COMMANDS[command] and words and words[1:] in ([], [""]):
         raise UsageError(f"{command}: a file is needed, or - for stdin")
-    sandbox_id = client.resolve(arguments.root, words[0] if words else "")
+    sandbox_id = registry.resolve(arguments.root, words[0] if words else "")
     params = b""
     if COMMANDS[command]:
         from kata_shim.cli import document
 
         params = document.read(words[1])
-    connection = client.connect(arguments.root, sandbox_id, say)
+    connection = shims.connect(arguments.root, sandbox_id, say)
     result = connection.call(f"kata-network.{command}", params) + b"\n"
     try:
         write(1, result)

@@ -14,7 +14,7 @@ from _signal import (  # type: ignore[import-not-found]  # typeshed has only sig
     signal,
 )
 
-from kata_shim import client
+from kata_shim import client, registry, shims
 from kata_shim.cli.terminal import ProgressLine, say
 from kata_shim.errors import ShimError
 
@@ -41,10 +41,10 @@ def run(arguments: Arguments) -> int:
         text = encode_basestring(os.path.abspath(arguments.last("--config")))
         config = text.encode("utf-8", "backslashreplace")
     signal(SIGTERM, default_int_handler)
-    claimed: os.stat_result | None = client.claim(root, sandbox_id)
+    claimed: os.stat_result | None = registry.claim(root, sandbox_id)
     line = ProgressLine()
     try:
-        connection = client.connect(root, sandbox_id, line.say)
+        connection = shims.connect(root, sandbox_id, line.say)
         connection.call("sandbox.start", b'{"config":%b}' % config, line.show if line.is_shown else None)
     except BaseException:
         line.clear()
@@ -112,7 +112,7 @@ def _discard(root: str, sandbox_id: str, claimed: os.stat_result) -> None:
 
     signal(SIGINT, SIG_IGN)
     signal(SIGTERM, SIG_IGN)
-    directory = client.sandbox_directory(root, sandbox_id)
+    directory = registry.sandbox_directory(root, sandbox_id)
     cause: Exception | None = None
     # Twice: a QEMU that is just being started has the socket of a shim that dies then open for a moment.
     for _ in range(2):
@@ -127,7 +127,7 @@ def _discard(root: str, sandbox_id: str, claimed: os.stat_result) -> None:
     if not _is_still(directory, claimed):
         return
     try:
-        client.remove(root, sandbox_id)
+        registry.remove(root, sandbox_id)
     except ShimError as remaining:
         say(f"{cause}")
         say(f"{remaining}; `kata-runtime delete --force {sandbox_id}` tries again")

@@ -6,7 +6,7 @@ import json
 import os
 import time
 
-from kata_shim import client
+from kata_shim import client, registry, shims
 from kata_shim.cli import silent
 from kata_shim.cli.terminal import say, write
 from kata_shim.errors import ShimError
@@ -27,7 +27,7 @@ def delete(arguments: Arguments) -> int:
     """Delete a sandbox: without --force a stopped one; with it any, and one that is not there is no error."""
     root, force = arguments.root, arguments.has("--force")
     try:
-        sandbox_id = client.resolve(root, arguments.words[0])
+        sandbox_id = registry.resolve(root, arguments.words[0])
     except ShimError as error:
         if force and error.code == "not-found":
             return 0
@@ -38,16 +38,16 @@ def delete(arguments: Arguments) -> int:
         if error.code != "unavailable":
             raise
         # Another's delete may have taken the shim from under this one, or no shim may be able to start.
-        if os.path.lexists(client.sandbox_directory(root, sandbox_id)):
+        if os.path.lexists(registry.sandbox_directory(root, sandbox_id)):
             if not force:
                 raise
-            client.remove(root, sandbox_id)
+            registry.remove(root, sandbox_id)
     return 0
 
 
 def state(arguments: Arguments) -> int:
     """Print a sandbox's state as the OCI runtime specification has it, and our own keys after it."""
-    sandbox_id = client.resolve(arguments.root, arguments.words[0])
+    sandbox_id = registry.resolve(arguments.root, arguments.words[0])
     answer = silent.call(arguments.root, sandbox_id, "sandbox.state")
     write(1, _dump(_described(sandbox_id, json.loads(answer))) + b"\n")
     return 0
@@ -69,9 +69,9 @@ def list_all(arguments: Arguments) -> int:
 def _ask_all(root: str) -> list[dict[str, Any]]:
     """Return the state of every sandbox; all are asked before the first answer is waited for."""
     asked: dict[str, tuple[client.Connection, int] | None] = {}
-    for sandbox_id in client.list_ids(root):
+    for sandbox_id in registry.list_ids(root):
         try:
-            connection = client.connect(root, sandbox_id, revive=False)
+            connection = shims.connect(root, sandbox_id, revive=False)
             call, request = connection.request("sandbox.state")
             connection.send(request)
             asked[sandbox_id] = (connection, call)
@@ -89,7 +89,7 @@ def _ask_all(root: str) -> list[dict[str, Any]]:
         except (ShimError, OSError) as error:
             if pending is not None and isinstance(error, TimeoutError):
                 say(f"{sandbox_id}: its shim does not answer within {LIST_TIMEOUT:g} s")
-            if os.path.isdir(client.sandbox_directory(root, sandbox_id)):
+            if os.path.isdir(registry.sandbox_directory(root, sandbox_id)):
                 found.append(
                     _described(sandbox_id, _recorded(root, sandbox_id) | {"state": "unknown", "pid": 0})
                 )
@@ -99,7 +99,7 @@ def _ask_all(root: str) -> list[dict[str, Any]]:
 def _recorded(root: str, sandbox_id: str) -> dict[str, Any]:
     """Return what does not change in a sandbox's record; nothing where there is none that can be read."""
     try:
-        with open(f"{client.sandbox_directory(root, sandbox_id)}/record.json", "rb") as file:
+        with open(f"{registry.sandbox_directory(root, sandbox_id)}/record.json", "rb") as file:
             record = json.load(file)
     except (OSError, ValueError):
         return {}

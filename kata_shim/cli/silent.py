@@ -7,7 +7,7 @@ import os
 # signal.py turns every constant into an enum; typeshed has only that.
 from _signal import SIGKILL, pidfd_send_signal  # type: ignore[import-not-found]
 
-from kata_shim import client
+from kata_shim import registry, shims
 from kata_shim.cli.terminal import say
 from kata_shim.errors import ShimError
 
@@ -36,7 +36,7 @@ def call(
 
     Raises SilentError when it cannot, or as Connection.call. KeyboardInterrupt is passed on at once.
     """
-    connection = client.connect(root, sandbox_id, say, revive=revive)
+    connection = shims.connect(root, sandbox_id, say, revive=revive)
     number, request = connection.request(method, params)
     connection.send(request)
     connection.socket.settimeout(silence)
@@ -70,7 +70,7 @@ def clear(root: str, sandbox_id: str, silence: float) -> None:
             _end(root, sandbox_id)
         except ShimError as error:
             # One on its way out takes no more calls; a new one finds what it has left, if anything.
-            if not os.path.lexists(client.sandbox_directory(root, sandbox_id)):
+            if not os.path.lexists(registry.sandbox_directory(root, sandbox_id)):
                 return
             if last or error.code != "unavailable":
                 raise
@@ -78,7 +78,7 @@ def clear(root: str, sandbox_id: str, silence: float) -> None:
 
 def _need_life(root: str, sandbox_id: str, silence: float) -> None:
     try:
-        connection = client.connect(root, sandbox_id, revive=False)
+        connection = shims.connect(root, sandbox_id, revive=False)
         connection.socket.settimeout(silence)
         connection.call("shim.ping")
     except TimeoutError:
@@ -111,7 +111,7 @@ def _shims(root: str, sandbox_id: str) -> Iterator[tuple[int, int]]:
 
     The pidfd is opened before the look, so it is of the process that was looked at, or of none any more.
     """
-    log = os.stat(f"{client.sandbox_directory(root, sandbox_id)}/shim.log")
+    log = os.stat(f"{registry.sandbox_directory(root, sandbox_id)}/shim.log")
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             pidfd = os.pidfd_open(int(name))

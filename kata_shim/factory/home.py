@@ -20,8 +20,8 @@ from pathlib import Path
 
 import orjson
 
-from kata_shim.client import check_root
 from kata_shim.qemu.process import kill_by_log, read_start_time
+from kata_shim.registry import check_root
 from kata_shim.vm import shared
 
 

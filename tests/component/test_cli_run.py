@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from kata_shim import client
+from kata_shim import shims
 from tests.component.cli_peer import environment
 from tests.support import Call
 
@@ -161,7 +161,7 @@ def wait_until_attached(host: Host, process: subprocess.Popen[bytes]) -> None:
     """Return once `run a` waits for the end of its sandbox."""
     assert process.stderr is not None
     assert process.stderr.readline() == b"TCG is used\n"
-    connection = client.connect(str(host.root), "a")
+    connection = shims.connect(str(host.root), "a")
     assert connection.call("test.waited-for") == b"null"
     connection.close()
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from kata_shim import __version__, client
+from kata_shim import __version__, registry
 from kata_shim.factory.zygote import MAX_REQUEST
+from kata_shim.shims import connect
 from tests.cgroups import cgroups
 from tests.started import PATIENCE, kill, shims
 from tests.zygote import SERVE, Zygote, command, dial, ended, parent, request, zygote
@@ -40,13 +41,13 @@ def one(root: Path) -> Iterator[Zygote]:
     with zygote(root) as one:
         yield one
         os.kill(one.pid, signal.SIGCONT)
-        for sandbox_id in client.list_ids(str(root)):
+        for sandbox_id in registry.list_ids(str(root)):
             call(root, sandbox_id, "sandbox.delete", b'{"force":true}')
 
 
 def call(root: Path, sandbox_id: str, method: str = "shim.ping", params: bytes = b"") -> None:
     """Call a shim; only "sandbox.delete" starts one."""
-    connection = client.connect(str(root), sandbox_id, revive=method == "sandbox.delete")
+    connection = connect(str(root), sandbox_id, revive=method == "sandbox.delete")
     try:
         assert connection.call(method, params) == b"null"
     finally:
@@ -58,7 +59,7 @@ class Caller:
 
     def __init__(self, root: Path, *ids: str, before: tuple[str, ...] = (), **options: object) -> None:
         for sandbox_id in ids:
-            client.claim(str(root), sandbox_id)
+            registry.claim(str(root), sandbox_id)
         self.process = subprocess.Popen(  # type: ignore[call-overload]
             [*before, sys.executable, str(CALLER), str(root), *ids],
             stdin=subprocess.PIPE,
@@ -165,7 +166,7 @@ def test_forked_and_execed_are_alike(root: Path, tmp_path: Path, before: tuple[s
         for pid in (forked, execed):
             kill(pid)
     for sandbox_id in ("forked", "execed"):
-        client.remove(str(root), sandbox_id)
+        registry.remove(str(root), sandbox_id)
 
 
 def test_a_caller_with_signals_of_glibc_ignored(one: Zygote, root: Path) -> None:
@@ -205,7 +206,7 @@ def test_random_numbers_differ(root: Path) -> None:
     numbers: list[str] = []
     with zygote(root, RANDOM) as one:
         for sandbox_id in ("a", "b"):
-            client.claim(str(root), sandbox_id)
+            registry.claim(str(root), sandbox_id)
             with one.dial() as connection, listening(root, sandbox_id) as (listener, log):
                 connection.sendall(request(root, sandbox_id))
                 child = one.child(connection)
@@ -214,7 +215,7 @@ def test_random_numbers_differ(root: Path) -> None:
             words = (root / "sandboxes" / sandbox_id / "shim.log").read_text().split()
             assert words[0] == sandbox_id
             numbers += words[1:]
-            client.remove(str(root), sandbox_id)
+            registry.remove(str(root), sandbox_id)
     assert len(set(numbers)) == 6
 
 
@@ -352,7 +353,7 @@ def wait_until_asked(one: Zygote) -> None:
 
 def test_zygote_killed_when_it_has_forked(one: Zygote, root: Path) -> None:
     """The child is on its own: what it was promised to get it gets, and serves."""
-    client.claim(str(root), "a")
+    registry.claim(str(root), "a")
     with one.dial() as connection, listening(root, "a") as (listener, log):
         connection.sendall(request(root, "a"))
         child = one.child(connection)

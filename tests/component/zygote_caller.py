@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kata_shim import client, spawn
+from kata_shim import shims, spawn
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     spawn.ZYGOTE_TIMEOUT = float(os.environ.get("PATIENCE", spawn.ZYGOTE_TIMEOUT))
     for sandbox_id in ids:
         sys.stdin.readline()
-        client.connect(root, sandbox_id).call("shim.ping")
+        shims.connect(root, sandbox_id).call("shim.ping")
         print("ready", flush=True)
 
 

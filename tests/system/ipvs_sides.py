@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from kata_shim import client
+from kata_shim import shims
 from kata_shim.errors import ShimError
 from tests.started import PATIENCE
 from tests.support import Guest, Result
@@ -59,7 +59,7 @@ class ByConnection:
 
     def __init__(self, guest: Guest) -> None:
         """Connect to the guest's shim."""
-        self._connection = client.connect(str(guest.runtime.root), guest.id)
+        self._connection = shims.connect(str(guest.runtime.root), guest.id)
         self._connection.socket.settimeout(PATIENCE)
 
     def __call__(self, step: Step) -> Result:

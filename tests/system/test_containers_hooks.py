@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kata_shim import client
+from kata_shim import shims
 from kata_shim.errors import ShimError
 from tests.rootfs import make_rootfs
 from tests.started import write_config
@@ -59,7 +59,7 @@ def rootfs(root: Path) -> Path:
 def run(guest: Guest, rootfs: Path, script: str) -> int:
     """Run a container in the sandbox to its end; return its status."""
     params = {"rootfs": str(rootfs), "argv": ["sh", "-c", script], "stdin": False}
-    connection = client.connect(str(guest.runtime.root), guest.id)
+    connection = shims.connect(str(guest.runtime.root), guest.id)
     with closing(connection.socket):
         found = connection.call("container.run", json.dumps(params).encode(), lambda _: None)
     return int(json.loads(found)["exit_status"])
