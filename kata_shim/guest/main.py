@@ -85,6 +85,7 @@ def main() -> int:
         return 0
     system.expedite_rcu()
     system.take_precedence()
+    system.keep_memory()
     # Ctrl-Alt-Del reaches PID 1 as SIGINT.
     signal.signal(signal.SIGINT, lambda *_: None)
     while True:
