@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.factory import configure, serving
-from tests.rootfs import make_rootfs
+from tests.rootfs import add_program, make_rootfs
 from tests.started import PATIENCE, write_config
 from tests.support import Result, Runtime
 
@@ -71,6 +71,21 @@ def test_routes_of_the_guest_are_the_containers(runtime: Runtime, detached: str)
     shown = runtime("exec", detached, "--", "ip", "route").stdout
     assert shown == "172.16.0.0/16 dev eth-c2 scope link  src 172.16.0.3 \n"
     assert runtime("kata-network", "del-iface", detached, "-", stdin='{"name":"eth-c2"}').stdout == "null\n"
+
+
+def test_the_documents_line_in_the_container(runtime: Runtime, root: Path) -> None:
+    """What the how-to's `ip route` says, by iproute2 as there."""
+    rootfs = make_rootfs(root / "rootfs with ip")
+    add_program(rootfs, "ip")
+    assert run(runtime, rootfs, "--detach", "c3", "/bin/sleep", "1000") == Result(0, "", "")
+    nic = (
+        '{"device":"tap-test","name":"eth-test","IPAddresses":[{"address":"172.16.0.3","mask":"16"}],'
+        '"mtu":1500,"hwAddr":"02:42:20:6f:a3:69"}'
+    )
+    assert runtime("kata-network", "add-iface", "c3", "-", stdin=nic).status == 0
+    line = "172.16.0.0/16 dev eth-test proto kernel scope link src 172.16.0.3 \n"
+    assert runtime("exec", "c3", "--", "ip", "route") == Result(0, line, "")
+    assert runtime("delete", "--force", "c3") == Result(0, "", "")
 
 
 def test_what_the_container_writes_is_the_hosts(runtime: Runtime, rootfs: Path) -> None:
