@@ -62,6 +62,18 @@ class Cri:
         request, call = self._methods[method]
         return call(request(**fields), timeout=TIMEOUT)
 
+    def await_start(self) -> None:
+        """Wait until a containerd that answers serves pods, too: it tells nobody either."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self("ListPodSandbox")
+                return
+            except grpc.RpcError as error:
+                if "not initialized yet" not in str(error) or time.monotonic() > deadline:
+                    raise
+            select.select([], [], [], LOOK)
+
 
 @dataclass
 class Pod:

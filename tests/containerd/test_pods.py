@@ -278,6 +278,7 @@ def test_containerd_is_restarted(own_node: Kubelet) -> None:
     started = pod.status(container).started_at
     node.ctr.stop()
     node.ctr.start()
+    node.cri.await_start()
     assert node.pods() == {pod.id: "SANDBOX_READY"}
     status = pod.status(container)
     assert (status.state, status.started_at) == (api.CONTAINER_RUNNING, started)
