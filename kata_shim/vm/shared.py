@@ -39,9 +39,16 @@ def prepare_nothing(directory: Path) -> str:
 
 
 def release(directory: Path) -> None:
-    """Unmount all below a directory, whose files stay; raises ShimError where the host does not let go."""
+    """Unmount all below a directory, whose files stay; raises ShimError where the host does not let go.
+
+    The directory's own mount, if it is one, is somebody else's.
+    """
     real = os.path.realpath(directory)
-    for point in mounts.below(real):
+    for point in _below(real):
         mounts.unmount(point)
-    if left := mounts.below(real):
+    if left := _below(real):
         raise ShimError("failed-precondition", f"{left[0]}: still mounted")
+
+
+def _below(real: str) -> list[str]:
+    return [point for point in mounts.below(real) if point != real]

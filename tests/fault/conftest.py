@@ -18,18 +18,19 @@ ID = "undo"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sandbox(root: Path) -> AsyncIterator[Live]:
-    """A sandbox whose directory is a disk of its own, small enough to be filled; and a tap for it."""
-    directory = root / "sandboxes" / ID
-    directory.mkdir(parents=True, mode=0o700)
-    _mount(directory)
+    """A sandbox whose root of state is a disk of its own, small enough to be filled; and a tap for it."""
+    own = root / ID
+    own.mkdir(mode=0o700)
+    _mount(own)
+    (own / "sandboxes" / ID).mkdir(parents=True, mode=0o700)
     ip("tuntap", "add", GIVEN.device, "mode", "tap")
     reset_tap()
     try:
-        async with live(root, ID, shipped(root, shared_memory=True)) as running:
+        async with live(own, ID, shipped(root, shared_memory=True)) as running:
             yield running
     finally:
         ip("link", "delete", GIVEN.device)
-        _unmount(directory)
+        _unmount(own)
 
 
 @pytest_asyncio.fixture(autouse=True, loop_scope="module")

@@ -94,7 +94,7 @@ class Hands:
         machine, network = self.live.machine, self.live.network
         awaited: list[tuple[Any, str, str]] = [
             (machine.monitor, "execute", ""),
-            (machine.agent, "_call", ""),
+            (machine.agent, "call", ""),
             (network._file, "save", "save"),
             (link, "find", "find"),
             (link, "ensure", "ensure"),
