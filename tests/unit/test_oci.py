@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kata_shim.agent_containers import from_json
@@ -16,6 +16,9 @@ from kata_shim.protos import oci_pb2
 from kata_shim.sandbox import hooks
 
 pytestmark = pytest.mark.quick
+
+# How long an example takes says how busy the host is.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Json = dict[str, Any]
 PROCESS = {"args": ["sh"], "cwd": "/", "user": {"uid": 1, "gid": 2}}
@@ -344,11 +347,13 @@ def code_of(work: Callable[[], object]) -> str:
     return ""
 
 
+@unhurried
 @given(SPECS | JSON, st.booleans())
 def test_no_json_does_more_than_be_refused(spec: object, seccomp: bool) -> None:
     assert code_of(lambda: into_messages(spec, seccomp=seccomp)) in ("", "invalid-argument")
 
 
+@unhurried
 @given(OBJECTS)
 def test_nor_do_limits(limits: Json) -> None:
     work = lambda: from_json(oci_pb2.LinuxResources, oci.resources(limits), "resources")  # noqa: E731
