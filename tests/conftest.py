@@ -30,6 +30,9 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"unshare: {os.strerror(ctypes.get_errno())}; the tests need root", returncode=2)
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
+    # What containerd, ctr and the shims put there is the run's own, too.
+    os.makedirs("/run/containerd", exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "tmpfs", "/run/containerd"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
