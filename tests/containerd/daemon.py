@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import BIN, Result
+from tests.support import BIN, Call, Result
 
 RUNTIME = "io.containerd.kata.v2"
 PATIENCE = 60.0  # seconds
+LOOK = 0.1  # seconds until an event is published again that was not heard
+PROBE = " /namespaces/update "  # its topic
 CONFIGURATION = """version = 2
 root = "{directory}/root"
 state = "{directory}/state"
@@ -118,19 +121,36 @@ def containerd(directory: Path, root: Path, config: Path, cri: str = "") -> Iter
 @contextmanager
 def listening(daemon: Containerd) -> Iterator[Callable[[str], list[str]]]:
     """Hear events: yields what waits for a topic and returns all that came by then, as lines."""
-    with subprocess.Popen(daemon.command("events"), stdout=subprocess.PIPE) as running:
+    with Call(daemon.command("events"), stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         output, heard = running.stdout.fileno(), b""
 
-        def until(topic: str) -> list[str]:
+        def hears(timeout: float) -> bool:
             nonlocal heard
-            while not any(topic in line for line in heard.decode().splitlines()):
-                ready, _, _ = select.select([output], [], [], PATIENCE)
-                assert ready, f"no {topic} after {heard!r}"
-                heard += os.read(output, 65536)
-            return heard.decode().splitlines()
+            if not select.select([output], [], [], timeout)[0]:
+                return False
+            data = os.read(output, 65536)
+            assert data, "ctr events has ended"
+            heard += data
+            return True
+
+        def until(topic: str) -> list[str]:
+            while True:
+                whole = heard.decode().split("\n")[:-1]
+                lines = [line for line in whole if PROBE not in line]
+                if any(topic in line for line in lines):
+                    return lines
+                assert hears(PATIENCE), f"no {topic} after {heard!r}"
 
         try:
+            # It does not tell when it listens: what comes before is lost.
+            started = time.monotonic()
+            for number in itertools.count():
+                probed = daemon("namespaces", "label", "default", f"probe={number}")
+                assert probed.status == 0, probed
+                if hears(LOOK):
+                    break
+                assert time.monotonic() - started < PATIENCE, "no event is heard"
             yield until
         finally:
             running.kill()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.containerd.daemon import RUNTIME, Containerd, listening, topics
-from tests.support import Result
+from tests.containerd.daemon import PATIENCE, RUNTIME, Containerd, listening, topics
+from tests.support import Call, Result
 
 
 def test_output_and_status(ctr: Containerd, rootfs: Path) -> None:
@@ -85,7 +85,7 @@ def test_exec(ctr: Containerd, rootfs: Path) -> None:
 
 def test_streams_lose_nothing(ctr: Containerd, rootfs: Path, tmp_path: Path) -> None:
     data = os.urandom(10 << 20)
-    with subprocess.Popen(
+    with Call(
         ctr.command("run", "--rm", "--runtime", RUNTIME, "--rootfs", str(rootfs), "c", "/bin/cat"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -97,15 +97,17 @@ def test_streams_lose_nothing(ctr: Containerd, rootfs: Path, tmp_path: Path) -> 
         running.stdin.write(data[:1])
         running.stdin.flush()
         echoed = running.stdout.read(1)
-        feeding = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=running.stdin)
-        running.stdin.close()
-        assert feeding.stdin is not None
-        reading = subprocess.Popen(["sha256sum"], stdin=running.stdout, stdout=subprocess.PIPE, text=True)
-        feeding.stdin.write(data[1:])
-        feeding.stdin.close()
-        digest = reading.communicate()[0].split()[0]
-        assert feeding.wait() == 0
-    assert running.returncode == 0
+        with (
+            Call(["cat"], stdin=subprocess.PIPE, stdout=running.stdin) as feeding,
+            Call(["sha256sum"], stdin=running.stdout, stdout=subprocess.PIPE) as reading,
+        ):
+            running.stdin.close()
+            assert feeding.stdin is not None
+            feeding.stdin.write(data[1:])
+            feeding.stdin.close()
+            digest = reading.communicate(timeout=PATIENCE)[0].split()[0].decode()
+            assert feeding.wait(PATIENCE) == 0
+        assert running.wait(PATIENCE) == 0
     assert echoed == data[:1]
     assert digest == hashlib.sha256(data[1:]).hexdigest()
 
