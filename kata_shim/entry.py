@@ -18,6 +18,7 @@ SOCKETS = "/run/containerd/s"  # where containerd's own shims have theirs
 RUNTIME = "io.containerd.kata.v2"
 KILLED = 137  # the exit status of what a shim that died has left
 SILENCE = 1.0  # seconds until a shim is asked whether it lives, and as many to answer; we have 5 in all
+SIGNATURE = "tasks"  # the file of a sandbox that is containerd's: where its task socket is
 CONFIG_MOST = 4 << 20  # bytes of a config.json
 STDIN_MOST = 4 << 20  # bytes of what containerd gives us to read
 _OURS = ("serve", "check", "zygote", "factory")
@@ -97,6 +98,7 @@ def _start_sandbox(flags: dict[str, str], sandbox_id: str, path: str) -> None:
     _bury(root, sandbox_id, path)
     registry.claim(root, sandbox_id)
     try:
+        _sign(root, sandbox_id, path)
         listener = _listen(path)
         events = os.environ.get("TTRPC_ADDRESS") or flags.get("address", "") + ".ttrpc"
         containerd = Containerd(listener.fileno(), flags.get("namespace", ""), events)
@@ -107,11 +109,27 @@ def _start_sandbox(flags: dict[str, str], sandbox_id: str, path: str) -> None:
     listener.close()
 
 
+def _sign(root: str, sandbox_id: str, path: str) -> None:
+    """Note whose a sandbox is: that containerd's, and that namespace's, whose tasks are at `path`."""
+    with open(f"{registry.sandbox_directory(root, sandbox_id)}/{SIGNATURE}", "w") as file:
+        file.write(path)
+
+
+def _is_signed(root: str, sandbox_id: str, path: str) -> bool:
+    """Whether there is such a sandbox and it is that one's, or nobody's: not kata-runtime's, or another's."""
+    directory = registry.sandbox_directory(root, sandbox_id)
+    try:
+        with open(f"{directory}/{SIGNATURE}") as file:
+            return file.read() in (path, "")
+    except FileNotFoundError:
+        return os.path.isdir(directory) and not os.path.lexists(f"{directory}/record.json")
+
+
 def _bury(root: str, sandbox_id: str, path: str) -> None:
     """Clear what is left of a shim that died before containerd knew of it; the socket tells it was its."""
     if not registry.is_id(sandbox_id) or not os.path.lexists(path) or _answers(path):
         return
-    if os.path.isdir(registry.sandbox_directory(root, sandbox_id)):
+    if _is_signed(root, sandbox_id, path):
         from kata_shim.cli import silent
 
         silent.clear(root, sandbox_id, SILENCE)
@@ -125,9 +143,9 @@ def _delete(flags: dict[str, str]) -> int:
         from kata_shim.cli import silent
 
         root = _root()
-        if registry.is_id(container_id) and os.path.isdir(registry.sandbox_directory(root, container_id)):
-            silent.clear(root, container_id, SILENCE)
         path = _socket_path(flags, sandbox_id)
+        if registry.is_id(container_id) and _is_signed(root, container_id, path):
+            silent.clear(root, container_id, SILENCE)
         if not _answers(path):
             _unlink(path)
     _answer_deleted()

@@ -66,7 +66,8 @@ def run(arguments: Arguments) -> int:
             return 0
         cause = _wait(connection)
     except client.CancelledError:
-        pass
+        if container is not None:  # which has not started
+            raise
     finally:
         if claimed is not None:
             _discard(root, sandbox_id, claimed)

@@ -68,6 +68,8 @@ def clear(root: str, sandbox_id: str, silence: float) -> None:
             return
         except SilentError:
             _end(root, sandbox_id)
+            if last:
+                raise
         except ShimError as error:
             # One on its way out takes no more calls; a new one finds what it has left, if anything.
             if not os.path.lexists(registry.sandbox_directory(root, sandbox_id)):

@@ -6,6 +6,7 @@ it. Names: github.com/opencontainers/runtime-spec, config.md and config-linux.md
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -185,11 +186,10 @@ def _device_rules(given: Json) -> list[Json]:
 
     All for a container that may have all of the host's, else none: the guest's memory is one (CVE-2020-2023).
     """
-    rules = given.get("devices") or []
-    everything = any(
-        one.get("allow") and one.get("type") in (None, "", "a") and one.get("major") in (None, -1)
-        for one in rules
-    )
+    everything = False
+    for one in given.get("devices") or []:
+        if one.get("type") in (None, "", "a") and one.get("major") in (None, -1):
+            everything = bool(one.get("allow")) and set(one.get("access") or "rwm") == set("rwm")
     return [{"allow": everything, "access": "rwm"}]
 
 
@@ -233,13 +233,14 @@ def _mount(mount: Json, share: Share) -> Json | None:
     source = str(mount.get("source", ""))
     if not source.startswith("/"):
         raise invalid(f"config.json: mounts: source: {quoted(source)} is not absolute")
-    if any(f"{source}/".startswith(f"{name}/") for name in _OF_THE_SYSTEM):
+    plain = "/" + os.path.normpath(source).lstrip("/")
+    if any(f"{plain}/".startswith(f"{name}/") for name in _OF_THE_SYSTEM):
         return None
     options = [one for one in options if one not in _PROPAGATION]
     return {
         "destination": destination,
         "type": "bind",
-        "source": share(source, "ro" in options),
+        "source": share(source, not {"ro", "rro"}.isdisjoint(options)),
         "options": options,
     }
 

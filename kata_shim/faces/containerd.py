@@ -62,7 +62,7 @@ class Tasks:
         await self._publisher.close(EVENTS_TIMEOUT)
 
     def _shut_down(self) -> None:
-        if self._deleting is None:
+        if self._deleting is None or self._deleting.done():
             self._deleting = asyncio.ensure_future(self._delete())
 
     async def _delete(self) -> None:

@@ -120,9 +120,10 @@ async def _end(containers: Containers, process: Process) -> None:
     """Forget a process; one whose caller has gone is killed first."""
     ids = (process.container_id, process.exec_id)
     if process.state in ("running", "paused"):
-        await containers.kill(*ids, signal.SIGKILL, everything=False)
-        async with asyncio.timeout(END_TIMEOUT):
-            await process.exited.wait()
+        with suppress(ShimError, TimeoutError):  # it has ended by itself, or delete tells
+            async with asyncio.timeout(END_TIMEOUT):
+                await containers.kill(*ids, signal.SIGKILL, everything=False)
+                await process.exited.wait()
     await containers.delete(*ids)
 
 

@@ -21,6 +21,7 @@ from kata_shim.ttrpc.client import Client
 _SERVICE = "containerd.services.events.ttrpc.v1.Events"
 _TIMEOUT = 5.0  # seconds for containerd to take one
 _RETRY = 0.2  # seconds between tries to reach a containerd that is being restarted
+_AWAY = ("unavailable", "deadline-exceeded", "data-loss")  # codes of one that is not there just now
 _MOST = 2048  # events that wait; beyond them the oldest is lost, as in containerd's own shims
 
 
@@ -71,13 +72,20 @@ class Publisher:
                 self._more.clear()
                 self._all_taken.set()
                 await self._more.wait()
+            await self._deliver(self._queue.pop(0))
+
+    async def _deliver(self, envelope: forward_pb2.Envelope) -> None:
+        """Have containerd take an event, whenever it comes back; one that it refuses is lost."""
+        while True:
             try:
-                await self._send(self._queue[0])
+                await self._send(envelope)
+                return
             except ShimError as error:
+                if error.code not in _AWAY:
+                    log.warning("an event is refused", topic=envelope.topic, error=error.message)
+                    return
                 log.debug("containerd takes no event", error=error.message)
-                await asyncio.sleep(_RETRY)
-            else:
-                self._queue.pop(0)
+            await asyncio.sleep(_RETRY)
 
     async def _send(self, envelope: forward_pb2.Envelope) -> None:
         if self._client is None or self._client.cause is not None:

@@ -28,11 +28,14 @@ class Cgroup:
         if number == signal.SIGKILL:
             self._write("cgroup.kill", "1")
             return
-        for pid in self._read("cgroup.procs").split():
-            try:
+        pids = self._read("cgroup.procs").split()
+        for directory, below, _ in os.walk(self._directory):  # a container may have made some of its own
+            for name in below:
+                with suppress(OSError), open(f"{directory}/{name}/cgroup.procs") as file:
+                    pids += file.read().split()
+        for pid in pids:
+            with suppress(ProcessLookupError):
                 os.kill(int(pid), number)
-            except ProcessLookupError:
-                continue
 
     async def freeze(self, frozen: bool) -> None:
         """Stop every process, or let them go on; returns once it is so."""

@@ -50,6 +50,7 @@ class Container:
         self.cgroup = cgroup.Cgroup(container_id)
         self.runtime = Runtime(program, children, container_id, self.directory)
         self.has_hooks = False
+        self.is_going = False
         self.closing = ExitStack()
 
     def process(self, exec_id: str) -> Process:
@@ -96,8 +97,10 @@ class Containers:
         if not _ID.fullmatch(request.exec_id):
             raise invalid(f"exec_id: {request.exec_id[:128]!a} is not of A-Z a-z 0-9 _ . -")
         there = container.processes.get(request.exec_id)
-        if there is not None and not (there.exited.done() and there.waited):
+        if there is not None and not there.is_over:
             raise ShimError("already-exists", f"exec_id: {request.exec_id} is in use")
+        if there is not None or len(container.processes) >= MAX_PROCESSES:
+            self._make_room(container)
         if len(container.processes) >= MAX_PROCESSES:
             raise ShimError("resource-exhausted", f"more than {MAX_PROCESSES} processes in one container")
         await _to_end(self._exec(container, request.exec_id, oci.to_json(request.process)))
@@ -206,12 +209,17 @@ class Containers:
             raise
 
     async def _exec(self, container: Container, exec_id: str, process: dict[str, Any]) -> None:
-        container.processes[exec_id] = await container.runtime.exec(exec_id, process)
+        started = await container.runtime.exec(exec_id, process)
+        container.processes[exec_id] = started
+        if container.is_going:  # it has been killed, or is now
+            started.signal(signal.SIGKILL)
+            raise ShimError("not-found", f"container_id: container {container.id} is being removed")
 
     async def _remove(self, container: Container) -> None:
+        container.is_going = True
         with suppress(ShimError):  # it has no control group any more
             container.cgroup.signal(signal.SIGKILL)
-        for process in container.processes.values():
+        for process in list(container.processes.values()):
             await asyncio.shield(process.exited)
             process.streams.close()
         await container.runtime.delete(hooks=container.has_hooks)
@@ -252,6 +260,13 @@ class Containers:
 
     def _process(self, request: Any) -> Process:
         return self._find(request.container_id).process(request.exec_id)
+
+    def _make_room(self, container: Container) -> None:
+        """Forget processes of which only children are left that hold their output: nobody reads that now."""
+        for exec_id, process in list(container.processes.items()):
+            if process.is_over and exec_id != container.first:
+                del container.processes[exec_id]
+                process.streams.close()
 
     def _forget_if_done(self, container: Container, exec_id: str) -> None:
         process = container.processes.get(exec_id)

@@ -28,6 +28,11 @@ class Process:
         self.streams = streams
 
     @property
+    def is_over(self) -> bool:
+        """It has ended, and whoever waited for it knows."""
+        return self.waited and self.exited.done()
+
+    @property
     def is_done(self) -> bool:
         """Nobody has anything to ask of it any more."""
         return self.waited and all(pipe.closed for pipe in self.streams.output.values())
@@ -44,7 +49,9 @@ class Process:
         with suppress(OSError), open(f"/proc/{self.pid}/status") as lines:
             found = dict(line.split(":", 1) for line in lines)
             is_first = found["NSpid"].split()[-1] == "1"
-            return is_first and not int(found["SigCgt"], 16) >> (number - 1) & 1
+            # Blocked, it is kept for whoever asks for it by sigwait(3) or signalfd(2).
+            taken = int(found["SigCgt"], 16) | int(found["SigBlk"], 16)
+            return is_first and not taken >> (number - 1) & 1
         return False
 
 

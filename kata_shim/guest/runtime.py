@@ -105,6 +105,8 @@ class Runtime:
         options = (*_FORMAT.get(self._program, ()), f"--root={_STATE}", f"--log={log}")
         argv = [self._program, *options, *words]
         async with self._lock:
+            with suppress(FileNotFoundError):
+                os.unlink(log)  # what an earlier run had to say is not this one's
             child = self._children.spawn(
                 argv,
                 env=os.environ,

@@ -38,6 +38,7 @@ CANNOT_RUN = 127  # the exit status of a process that could not be started
 KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
 SPEC_MOST = 4 << 20  # bytes of a config.json
 OOM_PAUSE = 0.1  # seconds between two looks for what the guest's kernel had no memory for
+_CUT = ("unavailable", "data-loss")  # codes of a channel to the guest that was cut
 WAITS = 8  # as often is a process waited for anew whose guest was cut off; more is no accident
 
 Tell = Callable[[str, "Process"], None]
@@ -56,6 +57,7 @@ class Process:
         self.exit_status = 0
         self.exited_at = 0
         self.exited = asyncio.Event()
+        self.starting: asyncio.Task[None] | None = None
         self.waiter: asyncio.Task[None] | None = None
         self.spec: dict[str, Any] = {}
 
@@ -185,8 +187,10 @@ class Containers:
             await self._share(shm_size(described.shm))
             container.wants = described.wants
             await self._fit()
-            await self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
-            undo.push_async_callback(self._guest.remove, container_id)
+            undo.push_async_callback(self._discard, container_id)
+            # To its end, too: what the guest has half made it does not remove.
+            creating = self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
+            await _to_end(asyncio.ensure_future(creating), wait=True)
             if described.readonly:  # the runtime has made its mount points by now
                 self._shares.freeze_rootfs(container_id)
             container.processes[""] = process
@@ -195,6 +199,7 @@ class Containers:
                 await self._run_hooks(container, name)
             undo.pop_all()
         self.tell("create", process)
+        self._watch(process)
         return container
 
     async def add_exec(self, container_id: str, exec_id: str, process: object, stdio: Stdio) -> None:
@@ -220,24 +225,16 @@ class Containers:
         if process.state != "created":
             raise ShimError("failed-precondition", f"container {container_id}: {exec_id or 'it'} was started")
         process.state = "running"
-        try:
-            if exec_id:
-                await self._guest.exec(container_id, exec_id, process.spec)
-            else:
-                await self._guest.start(container_id)
-        except ShimError:
-            process.stop(CANNOT_RUN)
-            await process.stdio.close()  # whoever reads or writes there waits for nothing any more
-            raise
-        self._begin(process)
-        if not exec_id:
-            await self._run_later_hooks(self.find(container_id), "poststart")
-        self.tell("exec-started" if exec_id else "start", process)
+        # To its end, whatever becomes of the caller: else the process would run, and nobody wait for it.
+        process.starting = asyncio.ensure_future(self._start(process))
+        await _to_end(process.starting)
         return process
 
     async def kill(self, container_id: str, exec_id: str, number: int, *, everything: bool) -> None:
         """Send a signal to a process, or to all of a container."""
         process = self.process(container_id, exec_id)
+        if process.starting is not None:
+            await asyncio.wait((process.starting,))
         if process.state == "stopped":
             raise ShimError("not-found", f"container {container_id}: the process has ended already")
         await self._guest.signal(container_id, "" if everything else process.in_guest, number)
@@ -248,9 +245,9 @@ class Containers:
         if process.state in ("running", "paused"):
             raise ShimError("failed-precondition", f"container {container_id}: it is {process.state}")
         container = self.find(container_id)
+        await process.stdio.drained(DRAIN_TIMEOUT)  # the guest drops what is unread as the container goes
         if not exec_id:
             await self._remove(container)
-        await process.stdio.drained(DRAIN_TIMEOUT)
         await self._forget(process)
         container.processes.pop(exec_id, None)
         if not exec_id:
@@ -264,18 +261,18 @@ class Containers:
     async def pause(self, container_id: str) -> None:
         """Freeze a container."""
         process = self.find(container_id).first
-        if process.state != "running":
-            raise ShimError("failed-precondition", f"container {container_id} is {process.state}")
+        _require(process, "running")
         await self._guest.pause(container_id)
+        _require(process, "running")
         process.state = "paused"
         self.tell("paused", process)
 
     async def resume(self, container_id: str) -> None:
         """Let a container go on."""
         process = self.find(container_id).first
-        if process.state != "paused":
-            raise ShimError("failed-precondition", f"container {container_id} is {process.state}")
+        _require(process, "paused")
         await self._guest.resume(container_id)
+        _require(process, "paused")
         process.state = "running"
         self.tell("resumed", process)
 
@@ -317,18 +314,51 @@ class Containers:
         self._is_closed = True
         if self._watching is not None:
             self._watching.cancel()
-        for container in self._containers.values():
-            for process in container.processes.values():
+        for container in list(self._containers.values()):
+            for process in list(container.processes.values()):
                 await self._forget(process)
+
+    async def _start(self, process: Process) -> None:
+        try:
+            if process.exec_id:
+                await self._guest.exec(process.container_id, process.exec_id, process.spec)
+            else:
+                await self._guest.start(process.container_id)
+        except ShimError:
+            process.stop(CANNOT_RUN)
+            await process.stdio.close()  # whoever reads or writes there waits for nothing any more
+            raise
+        self._begin(process)
+        self.tell("exec-started" if process.exec_id else "start", process)
+        if not process.exec_id and (container := self._containers.get(process.container_id)):
+            await self._run_later_hooks(container, "poststart")
 
     def _begin(self, process: Process) -> None:
         ids = (process.container_id, process.in_guest)
         process.stdio.begin(
-            {name: partial(self._guest.read, name, *ids) for name in ("stdout", "stderr")},
+            {name: partial(self._read, name, *ids) for name in ("stdout", "stderr")},
             partial(self._guest.write_stdin, *ids),
             partial(self._guest.close_stdin, *ids),
         )
-        process.waiter = asyncio.ensure_future(self._attend(process))
+        self._watch(process)
+
+    def _watch(self, process: Process) -> None:
+        if process.waiter is None:
+            process.waiter = asyncio.ensure_future(self._attend(process))
+
+    async def _read(self, stream: str, container_id: str, exec_id: str) -> bytes:
+        """Return what a process has written, also where the channel to the guest is cut meanwhile.
+
+        What was on its way then is lost.
+        """
+        for _ in range(WAITS):
+            try:
+                return await self._guest.read(stream, container_id, exec_id)
+            except ShimError as error:
+                if error.code != "unavailable":
+                    raise
+                log.warning("output may be lost", id=exec_id, error=error.message)
+        return b""
 
     async def _attend(self, process: Process) -> None:
         status = await self._wait(process)
@@ -342,7 +372,7 @@ class Containers:
                 return await self._guest.wait(process.container_id, process.in_guest)
             except ShimError as error:
                 log.warning("a process is lost sight of", id=process.in_guest, error=error.message)
-                if process.state == "stopped" or error.code not in ("unavailable", "data-loss"):
+                if process.state == "stopped" or error.code not in _CUT:
                     break
         return KILLED
 
@@ -350,9 +380,12 @@ class Containers:
         if self._is_closed:
             raise ShimError("failed-precondition", f"sandbox {self._sandbox_id} is being deleted")
 
-    async def _remove(self, container: Container) -> None:
+    async def _discard(self, container_id: str) -> None:
         with suppress(ShimError):  # the guest has ended, or has forgotten it
-            await self._guest.remove(container.id)
+            await self._guest.remove(container_id)
+
+    async def _remove(self, container: Container) -> None:
+        await self._discard(container.id)
         self._shares.release(container.id)
         await self._run_later_hooks(container, "poststop")
 
@@ -374,8 +407,12 @@ class Containers:
             log.warning("a hook has failed", id=container.id, name=name, error=error.message)
 
     async def _forget(self, process: Process) -> None:
+        """Let go of a process; who waits for it waits no more."""
+        was_seen = process.waiter is not None
         if process.waiter is not None:
             process.waiter.cancel()
+        if process.stop(KILLED) and was_seen:
+            self.tell("exit", process)
         await process.stdio.close()
 
     async def _fit(self) -> None:
@@ -414,6 +451,22 @@ class Containers:
                 self.tell("oom", container.first)
             # A guest that says so without end is not to keep containerd, or us, from anything else.
             await asyncio.sleep(OOM_PAUSE)
+
+
+def _require(process: Process, state: str) -> None:
+    if process.state != state:
+        raise ShimError("failed-precondition", f"container {process.container_id} is {process.state}")
+
+
+async def _to_end(task: asyncio.Task[None], *, wait: bool = False) -> None:
+    """Wait for a task, which is not given up with its caller; with `wait` one that gives up waits for it."""
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have nobody else
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if wait:
+            await asyncio.wait((task,))
+        raise
 
 
 @contextmanager

@@ -247,6 +247,16 @@ class Sandbox:
         await asyncio.shield(self._clearing)
 
     async def _clear(self) -> None:
+        """Clear everything; what hinders that leaves the sandbox stopped, and the next delete tries again."""
+        try:
+            await self._clear_all()
+        except Exception as error:
+            self.lifecycle.state = "stopped"
+            self.lifecycle.cause = self.lifecycle.cause or f"it cannot be deleted: {error}"
+            self._stopped.set()
+            raise
+
+    async def _clear_all(self) -> None:
         if self._machine is not None:
             await self._machine.kill()
         await self._kill_strays()

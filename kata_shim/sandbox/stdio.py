@@ -65,6 +65,9 @@ class Fifo:
         except OSError as error:
             self.close()
             raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
+        except ValueError as error:
+            self.close()
+            raise invalid(f"stdio: {path!a}: {error}") from None
 
     async def read(self) -> bytes:
         """Return what there is; wait until there is some; b"" at the end."""
@@ -137,8 +140,8 @@ class Stdio:
         self._moving = [
             asyncio.ensure_future(self._drain(sink, read[name])) for name, sink in self._output.items()
         ]
-        if self._input is not None:
-            self._feeding = asyncio.ensure_future(self._feed(self._input, write, end))
+        feeding = self._end(end) if self._input is None else self._feed(self._input, write, end)
+        self._feeding = asyncio.ensure_future(feeding)
 
     async def drained(self, timeout: float | None = None) -> None:
         """Wait until all that was written has been handed on, at most so many seconds."""
@@ -169,6 +172,11 @@ class Stdio:
         if sink is not None:
             sink.close()
 
+    async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
+        """Let a process read the end at once that is to have no input."""
+        with suppress(ShimError):
+            await end()
+
     async def _feed(self, source: Source, write: Write, end: Callable[[], Awaitable[None]]) -> None:
         with suppress(ShimError):  # the process reads no more, or the guest has ended
             while data := await source.read():
@@ -183,7 +191,7 @@ def by_paths(stdin: str, stdout: str, stderr: str, *, terminal: bool) -> Stdio:
         for path, output in ((stdin, False), (stdout, True), ("" if terminal else stderr, True)):
             if path:
                 opened.append(Fifo(_made(path) if output else path, output=output))
-    except ShimError:
+    except BaseException:
         for fifo in opened:
             fifo.close()
         raise
@@ -199,8 +207,12 @@ def _made(path: str) -> str:
         return path
     if scheme != "file":
         raise invalid(f"stdio: {path}: {scheme} is not one of: a path, file")
-    os.makedirs(os.path.dirname(rest), exist_ok=True)
-    os.close(os.open(rest, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640))
+    try:
+        os.makedirs(os.path.dirname(rest), exist_ok=True)
+        os.close(os.open(rest, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a FIFO that nobody reads yet
+            raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
     return rest
 
 

@@ -171,11 +171,18 @@ async def test_a_channel_that_is_cut_ends_no_process(
 async def test_a_guest_that_only_makes_noise(guest: Guest, containers: Containers, told: list[str]) -> None:
     """It is not asked for ever: then its process counts as killed."""
 
+    begun = asyncio.Event()
+
+    async def output() -> Message:
+        begun.set()
+        return await never()
+
     async def noise() -> Message:
+        await begun.wait()  # a process is waited for before it is started
         guest.send(os.urandom(1000).replace(b"~", b"") + b"\xff" * 100)
         return await never()
 
-    guest.answers["WaitProcess"] = noise
+    guest.answers["WaitProcess"], guest.answers["ReadStdout"] = noise, output
     assert (await ended(containers)).exit_status == 137
     assert 1 <= guest.asked.count("WaitProcess") <= WAITS
     assert told == ["create", "start", "exit"]
