@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from kata_shim.contract import oci
 from tests.containerd.daemon import PATIENCE, RUNTIME, Containerd, listening
-from tests.support import Result, Runtime
+from tests.support import Call, Result, Runtime
 
 MIB = 1 << 20
 Run = Callable[..., Result]
@@ -81,7 +82,7 @@ def test_limits_hold(ctr: Containerd, run: Run) -> None:
 
 def test_signal_to_all(ctr: Containerd, run: Run) -> None:
     started(run)
-    with subprocess.Popen(
+    with Call(
         ctr.command("tasks", "exec", "--exec-id", "long", "c", "/bin/sh", "-c", "echo up; sleep 1000"),
         stdout=subprocess.PIPE,
         cwd="/",
@@ -113,7 +114,7 @@ def test_sigterm_to_the_first_process(ctr: Containerd, run: Run, script: str, st
 
 def test_all_end_with_the_first_process(ctr: Containerd, run: Run) -> None:
     started(run)
-    with subprocess.Popen(
+    with Call(
         ctr.command("tasks", "exec", "--exec-id", "long", "c", "/bin/sh", "-c", "echo up; sleep 1000"),
         stdout=subprocess.PIPE,
         cwd="/",
@@ -188,10 +189,11 @@ def test_a_hook_that_fails_hinders_the_container(
 def test_a_hook_that_hangs_is_ended_with_what_it_has_started(
     ctr: Containerd, runtime: Runtime, run: Run, hook: Callable[..., dict[str, Any]]
 ) -> None:
-    done = run("/bin/true", hooks={"prestart": [hook("prestart", more="sleep 98765", timeout=1)]})
+    seconds = f"98765{os.getpid()}"  # a word that no other process of the host has
+    done = run("/bin/true", hooks={"prestart": [hook("prestart", more=f"sleep {seconds}", timeout=1)]})
     assert (done.status, "prestart: not done within 1 s" in done.stderr) == (1, True), done
     assert runtime("list", "--json").json == []
-    assert not [line for line in Path("/proc").glob("[0-9]*/cmdline") if b"98765" in _read(line)]
+    assert not [line for line in Path("/proc").glob("[0-9]*/cmdline") if seconds.encode() in _read(line)]
 
 
 def _read(path: Path) -> bytes:
