@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from kata_shim.agent import Agent
@@ -270,3 +271,111 @@ async def test_nothing_is_created_once_the_sandbox_goes(containers: Containers, 
     with pytest.raises(ShimError, match="is being deleted"):
         await containers.create_of("d", spec, "/", (), lambda: Stdio(None, None, None, terminal=False))
     assert os.listdir(tmp_path / "shared/points") == ["c"]
+
+
+async def test_a_start_that_its_caller_gives_up_is_a_start(
+    guest: Guest, containers: Containers, told: list[str]
+) -> None:
+    """The guest goes on with it, and so somebody has to wait for it."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> Message:
+        asked.set()
+        await go_on.wait()
+        return Empty()
+
+    async def end() -> Message:
+        await go_on.wait()
+        return agent_pb2.WaitProcessResponse(status=3)
+
+    guest.answers["StartContainer"], guest.answers["WaitProcess"] = slow, end
+    starting = asyncio.create_task(containers.start("c", ""))
+    async with asyncio.timeout(SOON):
+        await asked.wait()
+        starting.cancel()
+        await asyncio.wait((starting,))
+        go_on.set()
+        process = containers.process("c", "")
+        await process.exited.wait()
+    assert starting.cancelled()
+    assert process.exit_status == 3
+    await containers.delete("c", "")
+    assert sorted(told) == ["create", "delete", "exit", "start"]
+
+
+async def test_one_that_ends_before_it_is_started(
+    guest: Guest, containers: Containers, told: list[str]
+) -> None:
+    guest.answers["WaitProcess"] = status(137)
+    process = containers.process("c", "")
+    async with asyncio.timeout(SOON):
+        await process.exited.wait()
+    assert (process.state, process.exit_status, told) == ("stopped", 137, ["create", "exit"])
+    await containers.delete("c", "")
+    assert told == ["create", "exit", "delete"]
+
+
+async def test_whoever_waits_hears_of_a_deletion(guest: Guest, containers: Containers) -> None:
+    guest.answers["WaitProcess"] = never
+    await containers.add_exec("c", "e", {"args": ["x"]}, Stdio(None, None, None, terminal=False))
+    first, other = containers.process("c", ""), containers.process("c", "e")
+    async with asyncio.timeout(SOON):
+        await containers.delete("c", "")
+        await asyncio.gather(first.exited.wait(), other.exited.wait())
+    assert (first.exit_status, other.exit_status) == (137, 137)
+
+
+async def test_output_is_handed_on_before_a_container_goes(guest: Guest, containers: Containers) -> None:
+    pieces, taken = [b"some", b""], []
+
+    class Sink:
+        async def write(self, data: bytes) -> None:
+            taken.append(("write", "RemoveContainer" in guest.asked))
+
+        def close(self) -> None:
+            taken.append(("close", "RemoveContainer" in guest.asked))
+
+    waiting, over = asyncio.Event(), asyncio.Event()
+
+    async def read() -> Message:
+        await waiting.wait()
+        return agent_pb2.ReadStreamResponse(data=pieces.pop(0))
+
+    async def end() -> Message:
+        await over.wait()
+        return agent_pb2.WaitProcessResponse(status=0)
+
+    guest.answers["WaitProcess"], guest.answers["ReadStdout"] = end, read
+    spec = oci.default_spec("/", ["x"], [], "", terminal=False)
+    async with asyncio.timeout(SOON):
+        await containers.create_of("d", spec, "/", (), lambda: Stdio(None, Sink(), None, terminal=False))
+        process = await containers.start("d", "")
+        over.set()
+        await process.exited.wait()
+        asyncio.get_running_loop().call_soon(waiting.set)
+        await containers.delete("d", "")
+    assert taken == [("write", False), ("close", False)]
+
+
+async def test_one_that_ends_while_it_is_paused(
+    guest: Guest, containers: Containers, told: list[str]
+) -> None:
+    process = containers.process("c", "")
+    ending = asyncio.Event()
+
+    async def end() -> Message:
+        await ending.wait()
+        return agent_pb2.WaitProcessResponse(status=0)
+
+    async def pause() -> Message:
+        ending.set()
+        await process.exited.wait()
+        return Empty()
+
+    guest.answers["WaitProcess"], guest.answers["PauseContainer"] = end, pause
+    async with asyncio.timeout(SOON):
+        await containers.start("c", "")
+        with pytest.raises(ShimError, match="stopped"):
+            await containers.pause("c")
+    await containers.delete("c", "")
+    assert told == ["create", "start", "exit", "delete"]
