@@ -354,7 +354,7 @@ async def test_output_is_handed_on_before_a_container_goes(guest: Guest, contain
         await process.exited.wait()
         asyncio.get_running_loop().call_soon(waiting.set)
         await containers.delete("d", "")
-    assert taken == [("write", False), ("close", False)]
+    assert taken[:2] == [("write", False), ("close", False)]
 
 
 async def test_one_that_ends_while_it_is_paused(
