@@ -94,6 +94,15 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
         assert ended(PATIENCE), f"process {pid} does not end by signal {number}"
 
 
+def opened(pid: int) -> list[str]:
+    """Return the paths of all that a process has open."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has just been closed
+            found.append(os.readlink(link))
+    return found
+
+
 @contextmanager
 def watched(pid: int) -> Iterator[Ended]:
     """Watch a process that is alive now."""

@@ -20,11 +20,11 @@ from kata_shim.containerd import task_pb2
 from kata_shim.removal import remove_tree
 from tests.containerd.daemon import RUNTIME, Containerd, containerd, listening, topics
 from tests.rootfs import make_rootfs
-from tests.started import PATIENCE, kill, shims, taken, watched
+from tests.started import PATIENCE, kill, opened, shims, taken, watched
 from tests.support import BIN, Call, Runtime, shipped
 
 TRUTH = 5.0  # seconds until containerd knows
-MOMENTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)  # seconds after the shim's start; a container is there after 0.6
+MOMENTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)  # seconds after the shim's start; 0.6 is what a container takes
 CRASH = """
 for line in open("/proc/1/maps"):
     place, rights, *_ = line.split()
@@ -119,7 +119,7 @@ def mortal(root: Path) -> Iterator[Containerd]:
 def task(mortal: Containerd, root: Path, marked: Path) -> Iterator[Task]:
     """A running one."""
     run = [*("run", "--detach", "--runtime", RUNTIME, "--rootfs", str(marked)), "c", "/bin/sh", "-c", ECHO]
-    with subprocess.Popen(mortal.command(*run), stdin=subprocess.PIPE, cwd="/") as running:
+    with Call(mortal.command(*run), stdin=subprocess.PIPE, cwd="/") as running:
         assert running.wait(PATIENCE) == 0
     (shim,) = shims(root, "c")
     fifos = {name.rpartition("-")[2]: name for name in opened(shim) if name.endswith(("-stdin", "-stdout"))}
@@ -268,7 +268,7 @@ def test_a_pod_ends_as_a_whole(mortal: Containerd, root: Path, marked: Path, vic
 def test_shim_is_killed_while_a_container_is_created(
     mortal: Containerd, root: Path, marked: Path, moment: float
 ) -> None:
-    run = ["run", "--rm", "--runtime", RUNTIME, "--rootfs", str(marked), "c", "/bin/true"]
+    run = ["run", "--rm", "--runtime", RUNTIME, "--rootfs", str(marked), "c", "/bin/sleep", "1000"]
     with (
         Call(
             mortal.command(*run),
@@ -284,7 +284,7 @@ def test_shim_is_killed_while_a_container_is_created(
         assert not has_ended(moment)
         kill(found[0])
         _, said = running.communicate(timeout=PATIENCE)
-        assert running.returncode == 1, said
+        assert running.returncode in (1, 137), said  # as there was no container yet, or one
     assert mortal.tasks() == {}
     # Of a shim that dies before it is connected to containerd says nothing to anybody; the next start knows.
     assert mortal.run(marked, "c", "/bin/true").status == 0
@@ -294,11 +294,6 @@ def sockets(directory: Path) -> list[Path]:
     """Where the shims of a containerd listen, or would, by the names that a test gives."""
     names = (f"{directory}/containerd.sock/default/{name}" for name in ("c", "pod"))
     return [Path("/run/containerd/s", sha256(name.encode()).hexdigest()) for name in names]
-
-
-def opened(pid: int) -> list[str]:
-    """The paths of all that a process has open."""
-    return [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def contents(directory: Path) -> list[tuple[str, int, int]]:

@@ -18,7 +18,7 @@ from kata_shim.containerd import status_pb2
 from kata_shim.errors import ShimError
 from kata_shim.ttrpc.client import Client
 from tests.containerd.caller import Caller, call
-from tests.started import PATIENCE
+from tests.started import PATIENCE, opened
 from tests.support import shipped
 
 FLOOD = 64 << 20  # bytes
@@ -77,21 +77,23 @@ class Shim:
 @pytest.fixture
 async def shim(sandbox: Caller, rootfs: Path) -> AsyncIterator[Shim]:
     """The shim; what a test leaves of a container `c` is cleared, and nothing else may be there."""
-    async with await Client.connect(sandbox.socket("pod")) as client:
-        pid = (await call(client, "Connect")).shim_pid
-        one = Shim(sandbox, client, pid, rootfs)
-        before = open_files(pid)
-        yield one
-        with suppress(ShimError):
-            await one("Kill", id="c", signal=9, all=True)
-            await one("Wait", id="c")
-        with suppress(ShimError):
-            await one("Delete", id="c")
-        assert (await one("State", id="pod")).status == status_pb2.RUNNING
-        assert shared(sandbox) == ["pod"]
-        assert open_files(pid) == before
-    for path in [*sandbox.directory.glob("[!p]*/*"), *sandbox.directory.glob("[!p]*")]:
-        _remove(path)
+    try:
+        async with await Client.connect(sandbox.socket("pod")) as client:
+            pid = (await call(client, "Connect")).shim_pid
+            one = Shim(sandbox, client, pid, rootfs)
+            before = open_files(pid)
+            yield one
+            with suppress(ShimError):
+                await one("Kill", id="c", signal=9, all=True)
+                await one("Wait", id="c")
+            with suppress(ShimError):
+                await one("Delete", id="c")
+            assert (await one("State", id="pod")).status == status_pb2.RUNNING
+            assert shared(sandbox) == ["pod"]
+            assert open_files(pid) == before
+    finally:
+        for path in [*sandbox.directory.glob("[!p]*/*"), *sandbox.directory.glob("[!p]*")]:
+            _remove(path)
 
 
 # Ids
@@ -333,8 +335,7 @@ def command_line(pid: int) -> str:
 
 def open_files(pid: int) -> int:
     """How many files a process has open, but for its connections."""
-    names = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    return len([name for name in names if not name.startswith("socket:")])
+    return len([name for name in opened(pid) if not name.startswith("socket:")])
 
 
 def shared(caller: Caller) -> list[str]:
