@@ -102,9 +102,11 @@ def test_logs(node: Kubelet) -> None:
 
 def test_stop(node: Kubelet) -> None:
     pod = node.run("a")
-    polite = pod.start("c", "/bin/sh", "-c", 'trap "exit 9" TERM; echo up; while :; do sleep 0.1; done')
-    deaf = pod.start("d", "/bin/sh", "-c", 'trap "" TERM; while :; do sleep 0.1; done')
-    assert pod.exec(polite, "/bin/sh", "-c", "until ps | grep -q 'sleep 0.1'; do sleep 0.05; done")[0] == 0
+    script = 'trap "{}" TERM; touch /tmp/up; while :; do sleep 0.1; done'
+    polite = pod.start("c", "/bin/sh", "-c", script.format("exit 9"))
+    deaf = pod.start("d", "/bin/sh", "-c", script.format(""))
+    for container in (polite, deaf):
+        assert pod.exec(container, "/bin/sh", "-c", "until [ -e /tmp/up ]; do sleep 0.05; done")[0] == 0
     node.cri("StopContainer", container_id=polite, timeout=60)
     assert pod.await_end(polite).exit_code == 9
     node.cri("StopContainer", container_id=deaf, timeout=1)
