@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from bench import cases, containers, ipvs, memory, report, start, waterfall
+from bench import cases, containers, ipvs, memory, pods, report, start, waterfall
 from bench.cases import Comparison
 from bench.leaks import leaks
 from bench.leaks import text as leaks_text
@@ -45,6 +45,7 @@ CONTAINERS: dict[str, Callable[[Ground, int], list[Comparison]]] = {
     "p": containers.lives,
     "q": containers.streams,
     "r": containers.together,
+    "s": pods.pods,
 }
 LOAD, WATERFALL, LEAKS = "o", "waterfall", "leaks"
 ROUNDS, CYCLES, SECONDS = 15, 1000, 60

@@ -157,14 +157,15 @@ class Kubelet:
         handler: str = HANDLER,
         pid: api.NamespaceMode = api.CONTAINER,
         privileged: bool = False,
+        named: bool = True,
     ) -> Pod:
-        """Start a pod."""
+        """Start a pod; runc's can only have the host's name where they have its network."""
         self.logs.mkdir(exist_ok=True)
         directory = tempfile.mkdtemp(prefix=name, dir=self.logs)
         namespaces = api.NamespaceOption(network=api.NODE, pid=pid)
         config = api.PodSandboxConfig(
             metadata=api.PodSandboxMetadata(name=name, uid=Path(directory).name, namespace="default"),
-            hostname=name,
+            hostname=name if named else "",
             log_directory=directory,
             dns_config=api.DNSConfig(servers=["192.0.2.53"], searches=["example.org"]),
             linux=api.LinuxPodSandboxConfig(
@@ -188,9 +189,14 @@ class Kubelet:
 
 
 @contextmanager
-def kubelet(directory: Path, root: Path, handlers: dict[str, Path], rootfs: Path) -> Iterator[Kubelet]:
-    """Run a containerd with its CRI plugin, the two images imported; a handler has its own configuration."""
-    plugin = PLUGIN.format(directory=directory, pause=PAUSE, handler=HANDLER)
+def kubelet(
+    directory: Path, root: Path, handlers: dict[str, Path], rootfs: Path, more: str = ""
+) -> Iterator[Kubelet]:
+    """Run a containerd with its CRI plugin, the two images imported; a handler has its own configuration.
+
+    `more` configures the plugin beyond that.
+    """
+    plugin = PLUGIN.format(directory=directory, pause=PAUSE, handler=HANDLER) + more
     for handler, config in handlers.items():
         plugin += RUNTIME_OF.format(handler=handler, runtime=RUNTIME, config=config)
     with containerd(directory, root, handlers[HANDLER], plugin) as daemon:
