@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import shutil
@@ -18,6 +19,8 @@ import pytest
 from kata_shim import mounts
 from kata_shim.containerd import task_pb2
 from kata_shim.removal import remove_tree
+from kata_shim.ttrpc.client import Client
+from tests.containerd.caller import call
 from tests.containerd.daemon import RUNTIME, Containerd, containerd, listening, topics
 from tests.rootfs import make_rootfs
 from tests.started import PATIENCE, kill, opened, shims, taken, watched
@@ -151,6 +154,12 @@ def test_a_process_ends_while_there_is_no_containerd(task: Task) -> None:
     qemu = task.qemu
     task.daemon.stop(signal.SIGKILL)
     assert task.answers("end")
+
+    async def ended() -> int:
+        async with await Client.connect(task.socket) as client:
+            return int((await call(client, "Wait", id="c")).exit_status)
+
+    assert asyncio.run(ended()) == 3
     task.daemon.start()
     assert task.daemon.tasks() == {"c": (qemu, "STOPPED")}
     with listening(task.daemon) as until:
