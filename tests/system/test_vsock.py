@@ -16,6 +16,7 @@ from tests.system.nested import Nested, host
 from tests.system.network import address, done, listed, nic
 
 BOOT_TIMEOUT = 400  # seconds
+TRIES = 3
 ENDPOINT = "/run/nested-cache/cache.sock"
 NIC = nic(1, IPAddresses=address("172.16.0.3", "16"))
 LISTED = [{"name": "eth1", "mac": NIC["hwAddr"], "ip": ["172.16.0.3/16"], "mtu": 1500}]
@@ -175,12 +176,12 @@ def test_a_sandbox_from_the_cache(nested: Nested, guest: Guest) -> None:
     with nested.start("factory", "init") as factory:
         assert factory.stderr is not None
         assert b"the factory serves" in factory.stderr.readline()
-        source, why = _run_kept(nested)
-        # Nested, it may once not answer in the time that a start waits.
-        if source != "cache" and "the factory does not answer within" in why:
+        tries = [_run_kept(nested)]
+        # Nested, the factory does not always answer in the time that a start waits for it.
+        while tries[-1][0] != "cache" and len(tries) < TRIES:
             assert nested("delete", "--force", "kept") == Result(0, "", "")
-            source, why = _run_kept(nested)
-        assert source == "cache", why
+            tries.append(_run_kept(nested))
+        assert tries[-1][0] == "cache", tries
         uuid = json.loads(nested.shell("cat /run/nested/sandboxes/kept/record.json").stdout)["uuid"]
         kept = Guest(nested, "kept")
         assert kept.run("python3", "-c", CONTEXT_ID) == Result(0, f"{guest_cid(uuid)}\n", "")
