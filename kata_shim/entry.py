@@ -146,7 +146,8 @@ def _delete(flags: dict[str, str]) -> int:
         path = _socket_path(flags, sandbox_id)
         if registry.is_id(container_id) and _is_signed(root, container_id, path):
             silent.clear(root, container_id, SILENCE)
-        if not _answers(path):
+        # A shim whose sandbox has gone may still answer for a moment, until it has ended.
+        if not os.path.lexists(registry.sandbox_directory(root, container_id)) or not _answers(path):
             _unlink(path)
     _answer_deleted()
     return 0

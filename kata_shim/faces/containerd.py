@@ -41,6 +41,7 @@ class Tasks:
         sandbox.record.has_containers = True  # as soon as there is a record
         self._listener = socket.socket(fileno=containerd.listener)
         self._path = str(self._listener.getsockname())
+        self._own = _look(self._path)
         self._publisher = Publisher(containerd.events, containerd.namespace)
         self._server = Server()
         self._deleting: asyncio.Task[None] | None = None
@@ -56,7 +57,7 @@ class Tasks:
     async def close(self) -> None:
         """Stop answering whoever comes now, and forward the last events."""
         self._listening.close()
-        if self._sandbox.gone.is_set():
+        if self._sandbox.gone.is_set() and self._own is not None and _look(self._path) == self._own:
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
         await self._publisher.close(EVENTS_TIMEOUT)
@@ -71,3 +72,12 @@ class Tasks:
             await self._sandbox.delete(force=True)
         except ShimError as error:
             log.warning("the sandbox is not deleted", error=error.message)
+
+
+def _look(path: str) -> tuple[int, int] | None:
+    """Return what tells a socket from the next one at its path; None where there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
