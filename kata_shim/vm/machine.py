@@ -150,7 +150,13 @@ class Machine:
             await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
             await self._unless_gone(self.monitor.execute("cont"))
             await self._unless_gone(self.agent.dial())
-            await self._claim(name)
+            try:
+                await self._claim(name)
+            except ShimError as error:
+                # Over vsock the guest may just be ending what it had before it stood still.
+                if error.code != "unavailable" or self.has_failed:
+                    raise
+                await self._claim(name)
 
     async def attach(self, uuid: str, pid: int, start_time: int) -> None:
         """Take over a QEMU that another shim has started; raises ShimError, `not-found` when it has ended.
