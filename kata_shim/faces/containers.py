@@ -14,9 +14,10 @@ from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
 from kata_shim.messages import MAX_SIZE
-from kata_shim.sandbox.containers import Containers, Process
+from kata_shim.sandbox.containers import Containers
 from kata_shim.sandbox.sandbox import Sandbox
 from kata_shim.sandbox.stdio import Stdio
+from kata_shim.sandbox.task import Process
 
 END_TIMEOUT = 5.0  # seconds from SIGKILL to a process's end
 

@@ -15,7 +15,7 @@ from kata_shim import log
 from kata_shim.containerd import forward_pb2
 from kata_shim.containerd import task_events_pb2 as events
 from kata_shim.errors import ShimError
-from kata_shim.sandbox.containers import Process
+from kata_shim.sandbox.task import Process
 from kata_shim.ttrpc.client import Client
 
 _SERVICE = "containerd.services.events.ttrpc.v1.Events"

@@ -17,9 +17,9 @@ from kata_shim.containerd import metrics_pb2, options_pb2, status_pb2, task_pb2
 from kata_shim.errors import ShimError, invalid
 from kata_shim.faces.events import pack, timestamp
 from kata_shim.protos import agent_pb2
-from kata_shim.sandbox.containers import Process
 from kata_shim.sandbox.sandbox import Sandbox
 from kata_shim.sandbox.stdio import Stdio, by_paths
+from kata_shim.sandbox.task import Process
 from kata_shim.ttrpc.server import Server
 
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")

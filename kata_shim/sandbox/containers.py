@@ -1,25 +1,13 @@
-"""The containers of one sandbox, as containerd knows them: tasks, their processes and what becomes of those.
-
-    created ──start──► running ◄──resume/pause──► paused ──► stopped ──delete──► (gone)
-
-A process is `stopped` once it has ended, whoever ended it; what it has written may still be on its way.
-"""
+"""The containers of one sandbox: what is done with them, and what becomes of their processes."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import stat
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from itertools import count
-from pathlib import Path
-from typing import Any
-
-import orjson
 
 from kata_shim import log
 from kata_shim.agent_containers import Containers as Guest
@@ -27,69 +15,23 @@ from kata_shim.contract import oci
 from kata_shim.contract.ids import check_container_id
 from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import agent_pb2
+from kata_shim.sandbox import bundle as bundles
 from kata_shim.sandbox import hooks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
 from kata_shim.sandbox.sizing import shm_size, together
 from kata_shim.sandbox.stdio import Stdio
+from kata_shim.sandbox.task import Container, Process
 
 DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
 CANNOT_RUN = 127  # the exit status of a process that could not be started
 KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
-SPEC_MOST = 4 << 20  # bytes of a config.json
 OOM_PAUSE = 0.1  # seconds between two looks for what the guest's kernel had no memory for
 _CUT = ("unavailable", "data-loss")  # codes of a channel to the guest that was cut
 WAITS = 8  # as often is a process waited for anew whose guest was cut off; more is no accident
 
 Tell = Callable[[str, "Process"], None]
 Grow = Callable[[int, int], Awaitable[None]]  # so many more virtual CPUs, and MiB, than at the start
-
-
-class Process:
-    """A process of a container: `state`; from its end on `exit_status` and `exited_at` (ns since 1970)."""
-
-    def __init__(self, container_id: str, exec_id: str, bundle: str, stdio: Stdio) -> None:
-        self.bundle = bundle
-        self.container_id = container_id
-        self.exec_id = exec_id  # "" for the container's first
-        self.stdio = stdio
-        self.state = "created"
-        self.exit_status = 0
-        self.exited_at = 0
-        self.exited = asyncio.Event()
-        self.starting: asyncio.Task[None] | None = None
-        self.waiter: asyncio.Task[None] | None = None
-        self.spec: dict[str, Any] = {}
-
-    @property
-    def in_guest(self) -> str:
-        """The process's exec_id in the guest."""
-        return self.exec_id or self.container_id
-
-    def stop(self, status: int) -> bool:
-        """Note the end; False where it was known."""
-        if self.state == "stopped":
-            return False
-        self.state, self.exit_status, self.exited_at = "stopped", status, time.time_ns()
-        self.exited.set()
-        return True
-
-
-class Container:
-    """A container: its first process and the others."""
-
-    def __init__(self, container_id: str, bundle: str, rootfs: Sequence[Mount]) -> None:
-        self.id = container_id
-        self.bundle = bundle
-        self.rootfs = rootfs
-        self.processes: dict[str, Process] = {}
-        self.hooks: dict[str, Any] = {}
-        self.wants = oci.Wants()
-
-    @property
-    def first(self) -> Process:
-        """The container's own process."""
-        return self.processes[""]
 
 
 class Containers:
@@ -151,7 +93,7 @@ class Containers:
         self, container_id: str, bundle: str, rootfs: Sequence[Mount], stdio: Callable[[], Stdio]
     ) -> Container:
         """Create a container out of an OCI bundle. Whatever fails, nothing of it is left."""
-        spec = await asyncio.to_thread(_read_json, f"{bundle}/config.json")
+        spec = await asyncio.to_thread(bundles.read_json, f"{bundle}/config.json")
         return await self.create_of(container_id, spec, bundle, rootfs, stdio)
 
     async def create_of(
@@ -166,9 +108,9 @@ class Containers:
         if container_id in self._containers:
             raise ShimError("already-exists", f"container {container_id}: the id is in use")
         check_container_id(container_id)
-        with _of_its_types():
+        with bundles.of_its_types():
             described = oci.read(given)
-        own = _inside(bundle, described.rootfs)
+        own = bundles.rootfs_of(bundle, described.rootfs)
         container = self._containers[container_id] = Container(container_id, bundle, rootfs)
         async with AsyncExitStack() as undo:
             undo.callback(self._containers.pop, container_id)
@@ -180,7 +122,7 @@ class Containers:
             undo.callback(self._shares.release, container_id)
             path = self._shares.mount_rootfs(container_id, rootfs, own)
             share = partial(self._shares.bind, container_id)
-            with _of_its_types():
+            with bundles.of_its_types():
                 spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
             process = Process(container_id, "", bundle, stdio())
             undo.push_async_callback(process.stdio.close)
@@ -467,39 +409,3 @@ async def _to_end(task: asyncio.Task[None], *, wait: bool = False) -> None:
         if wait:
             await asyncio.wait((task,))
         raise
-
-
-@contextmanager
-def _of_its_types() -> Iterator[None]:
-    """Tell of a value that is of another type than the runtime specification has it there."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise invalid(f"config.json: not as the runtime specification has it: {error}") from None
-
-
-def _inside(bundle: str, rootfs: str) -> Path:
-    """Return where a root file system lies: where an absolute path says, or else in the bundle."""
-    path = Path(bundle, rootfs)
-    if not rootfs.startswith("/") and not path.resolve().is_relative_to(Path(bundle).resolve()):
-        raise invalid(f"config.json: root.path: {path} leads out of the bundle")
-    return path
-
-
-def _read_json(path: str) -> object:
-    """Return what a file of a bundle says, which is a file and no link, and bounded."""
-    try:
-        # Without waiting: whoever opens a FIFO else waits for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise invalid(f"{path}: not a regular file")
-        with open(descriptor, "rb") as file:
-            data = file.read(SPEC_MOST + 1)
-        if len(data) > SPEC_MOST:
-            raise invalid(f"{path}: more than {SPEC_MOST} bytes")
-        return orjson.loads(data)
-    except OSError as error:
-        raise ShimError("not-found", f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise invalid(f"{path}: {error}") from None

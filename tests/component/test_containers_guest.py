@@ -17,10 +17,11 @@ from kata_shim.contract import oci
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2
 from kata_shim.protos.services import AGENT, AGENT_SERVICE
-from kata_shim.sandbox.containers import WAITS, Containers, Process
+from kata_shim.sandbox.containers import WAITS, Containers
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import Shares
 from kata_shim.sandbox.stdio import Stdio
+from kata_shim.sandbox.task import Process
 from kata_shim.ttrpc.server import AsyncHandler, Server
 from kata_shim.vm import shared
 
