@@ -28,11 +28,11 @@ from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
 from kata_shim.sandbox.shares import Shares
+from kata_shim.sandbox.watchers import Watchers
 from kata_shim.vm import shared
 from kata_shim.vm.machine import Machine, Step
 
 ASKED_TIMEOUT = 2.0  # seconds between a shim's first breath and the start its starter asks for
-MAX_WATCHED = 1024  # events that wait for a watcher who does not read
 
 
 class Sandbox:
@@ -59,7 +59,8 @@ class Sandbox:
         self._asked = asyncio.Event()
         self._ready = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._watchers: set[asyncio.Queue[dict[str, object]]] = set()
+        self._watchers = Watchers()
+        self.announce = self._watchers.announce
         self._tasks: set[asyncio.Task[None]] = set()
         self._clearing: asyncio.Task[None] | None = None
 
@@ -392,28 +393,7 @@ class Sandbox:
 
     async def watch(self, tell: Callable[[object], Awaitable[None]]) -> None:
         """Tell every change of state from now on, the present one first, until the sandbox is gone."""
-        queue: asyncio.Queue[dict[str, object]] = asyncio.Queue(MAX_WATCHED)
-        self._watchers.add(queue)
-        try:
-            await tell({"event": "state", "state": self.lifecycle.state})
-            while True:
-                event = await queue.get()
-                await tell(event)
-                if event.get("state") == "deleted":
-                    return
-                if queue not in self._watchers:
-                    raise ShimError("resource-exhausted", "the watcher reads too slowly; events were lost")
-        finally:
-            self._watchers.discard(queue)
-
-    def announce(self, event: str, **fields: object) -> None:
-        """Send one event to every watcher."""
-        log.debug(event, **fields)
-        for queue in list(self._watchers):
-            if queue.full():
-                self._watchers.remove(queue)
-            else:
-                queue.put_nowait({"event": event, **fields})
+        await self._watchers.watch(tell, self.lifecycle.state)
 
     def state(self) -> dict[str, object]:
         """Return the sandbox's state as `kata-runtime state` shows it."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from kata_shim.sandbox.sandbox import MAX_WATCHED
+from kata_shim.sandbox.watchers import MAX_WATCHED
 from tests.live import Live, live
 from tests.support import shipped
 from tests.system.network import address, nic
@@ -83,7 +83,7 @@ async def test_every_change_is_told_to_all(sandbox: Live) -> None:
             assert await _events(watcher, request, len(expected)) == expected
             watcher.cancel(request)
             assert (await watcher.answers(request))[request]["error"]["code"] == "cancelled"
-        assert sandbox.sandbox._watchers == set()
+        assert sandbox.sandbox._watchers._queues == set()
 
 
 async def test_a_watcher_that_does_not_read_is_told_that_it_missed_some(sandbox: Live) -> None:
@@ -91,7 +91,7 @@ async def test_a_watcher_that_does_not_read_is_told_that_it_missed_some(sandbox:
     async with await Wire.connect(sandbox.socket) as slow, await Wire.connect(sandbox.socket) as other:
         request = await _watch(slow)
         slow.reader._limit = 1  # type: ignore[attr-defined]  # asyncio stops reading for it
-        (queue,) = sandbox.sandbox._watchers
+        (queue,) = sandbox.sandbox._watchers._queues
         number = 0
         while not queue.full():
             for _ in range(MAX_WATCHED // 8):
