@@ -12,6 +12,7 @@ from kata_shim.errors import ShimError
 from kata_shim.factory.take import kind, take
 from kata_shim.factory.template import Identity, Templates, identify
 from kata_shim.qemu.migration import SAVE_TIMEOUT
+from kata_shim.vm import rehearsal
 from kata_shim.vm.machine import Machine, Started, Step
 
 
@@ -122,7 +123,7 @@ class Launch:
     @property
     def _patience(self) -> float:
         """Seconds that one who makes a template may take."""
-        return self._config.hypervisor.agent_timeout + SAVE_TIMEOUT
+        return self._config.hypervisor.agent_timeout + rehearsal.PATIENCE + SAVE_TIMEOUT
 
     async def _machine(self, directory: Path) -> Machine:
         machine = Machine(directory, self._config, self._accelerators)

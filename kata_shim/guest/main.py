@@ -74,6 +74,7 @@ def main() -> int:
     """Run the agent. As PID 1 it never returns: when PID 1 ends the kernel panics."""
     log.setup("guest")
     if os.getpid() != 1:
+        system.inherit_orphans()
         match sys.argv[1:]:
             case []:
                 asyncio.run(serve())

@@ -14,6 +14,7 @@ from kata_shim import log
 from kata_shim.errors import ShimError, invalid
 
 _RNDRESEEDCRNG = 0x5207  # include/uapi/linux/random.h
+_PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 _REBOOT_CMD_POWER_OFF = 0x4321FEDC  # include/uapi/linux/reboot.h
 _CPUS = "/sys/devices/system/cpu"
 _MEMORY = "/sys/devices/system/memory"
@@ -53,6 +54,11 @@ def keep_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _KEPT)
     libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def inherit_orphans() -> None:
+    """Become the parent of what a container runtime leaves behind, where PID 1 is another (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def set_hostname(name: str) -> None:

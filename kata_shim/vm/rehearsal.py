@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from kata_shim import log
 from kata_shim.agent import Agent
 from kata_shim.agent_containers import Containers, shared_files
@@ -10,6 +12,7 @@ from kata_shim.errors import ShimError
 
 CLAIMS = 16  # after eight calls of a function CPython begins to make its code faster
 CONTAINERS = 2  # more gain nothing: the time is the kernel's and the runtime's
+PATIENCE = 60.0  # seconds for them; an emulated guest takes three
 _SHARED = "/run/kata-containers/rehearsal"
 _ROOT = "/run/kata-containers/rehearsal-root"
 _MAKE_ROOT = f"mkdir -p {_ROOT}/bin && cp /bin/busybox {_ROOT}/bin && ln -s busybox {_ROOT}/bin/true"
@@ -23,12 +26,16 @@ async def rehearse(agent: Agent, msize: int) -> None:
     for _ in range(CLAIMS):
         await agent.claim("template")
     try:
-        await _sh(agent, _MAKE_ROOT)
-        for number in range(CONTAINERS):
-            await _run(Containers(agent), f"rehearsal-{number}", msize)
-        await _sh(agent, f"rm -r {_ROOT}")
+        async with asyncio.timeout(PATIENCE):
+            await _sh(agent, _MAKE_ROOT)
+            for number in range(CONTAINERS):
+                await _run(Containers(agent), f"rehearsal-{number}", msize)
+            await _sh(agent, f"rm -r {_ROOT}")
     except ShimError as error:
         log.info("no container is rehearsed", reason=error.message)
+    except TimeoutError:
+        text = f"a template's guest has not run {CONTAINERS} containers in {PATIENCE:g} s"
+        raise ShimError("deadline-exceeded", text) from None
     await agent.stand_still()
 
 
@@ -52,5 +59,7 @@ async def _run(guest: Containers, container_id: str, msize: int) -> None:
         await guest.wait(container_id, container_id)
         for stream in ("stdout", "stderr"):
             await guest.read(stream, container_id, container_id)
-    finally:
+    except ShimError:
         await guest.remove(container_id)
+        raise
+    await guest.remove(container_id)

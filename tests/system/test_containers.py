@@ -11,7 +11,7 @@ import pytest
 
 from tests.factory import configure, serving
 from tests.rootfs import add_program, make_rootfs
-from tests.started import PATIENCE, write_config
+from tests.started import PATIENCE, UNDER_INIT, write_config
 from tests.support import Result, Runtime
 
 EMULATED = ("no usable KVM on this host: ", "as configured: ")
@@ -138,3 +138,10 @@ def test_a_root_that_is_none(runtime: Runtime, given: str) -> None:
     assert done.status == 1
     assert given in done.stderr
     assert runtime("list", "--json").json == []
+
+
+def test_an_agent_that_is_not_pid_1(root: Path, rootfs: Path, tmp_path: Path) -> None:
+    """What a container runtime leaves behind is the agent's, not the init's: it is seen to end."""
+    config = write_config(tmp_path / "configuration.toml", accelerator="tcg", kernel_params=UNDER_INIT)
+    done = run(Runtime(root, config), rootfs, "c1", "sh", "-c", "exit 7")
+    assert done == Result(7, "", "")

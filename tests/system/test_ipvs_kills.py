@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.started import PATIENCE, kill, shims, taken
+from tests.started import PATIENCE, UNDER_INIT, kill, shims, taken
 from tests.support import Guest, Result, Runtime
 from tests.system.ipvs import DONE, ODD, TABLE, many, saved
 from tests.system.network import booted
@@ -29,13 +29,6 @@ HITS = 0.3  # of all kills: some come when the change has ended
 RULES = many(84, 49)  # more than the shim sends in one message to the guest
 PANIC = "the guest's kernel: Kernel panic - not syncing: Attempted to kill init! "
 
-# The agent as a child of the guest's PID 1, which starts it again: a kernel lets nobody kill PID 1.
-RESTARTED = (
-    "def ended(p):\n while os.wait()[0] != p: pass\n return True\n"
-    "def restarted():\n while (p := os.fork()) and ended(p): pass\n"
-)
-INIT = f"exec({RESTARTED!r} + open('/init').read().replace('sys.exit(', 'sys.exit(restarted() or '))"
-UNDER_INIT = f'rdinit=/usr/bin/python3.11 -- -IS -c "{INIT}"'
 # Stays in the guest, and kills whom it is told to, after so many seconds.
 KILLER = """
 import os, time
