@@ -30,6 +30,20 @@ def shared_files(directory: str, msize: int) -> agent_pb2.Storage:
     )
 
 
+def disk(
+    driver: str, source: str, directory: str, fstype: str, options: Sequence[str], patience: float
+) -> agent_pb2.Storage:
+    """Return what has the guest wait for a disk, `patience` seconds, and mount it."""
+    return agent_pb2.Storage(
+        driver=driver,
+        driver_options=[f"hotplug_timeout={patience}"],
+        source=source,
+        fstype=fstype,
+        options=options,
+        mount_point=directory,
+    )
+
+
 class Containers:
     """The containers in one guest."""
 

@@ -102,17 +102,17 @@ class Hypervisor:
     # ACPI_MAX_RAM_SLOTS of QEMU's include/hw/acpi/acpi.h.
     memory_slots: int = setting(10, within(0, 256), acted=True)
     memory_offset: int = setting(0, within(0, 0xFFFFFFFF, " MiB"), acted=True)
-    disable_block_device_use: bool = setting(False)
+    disable_block_device_use: bool = setting(False, acted=True)
     shared_fs: str = setting("virtio-9p", one_of("virtio-9p", "virtio-fs"), acted=True)
     virtio_fs_daemon: str = setting("/usr/lib/qemu/virtiofsd", _path_or_none)
     virtio_fs_cache_size: int = setting(0, within(0, 524288, " MiB"))
     virtio_fs_cache: str = setting("auto", one_of("none", "auto", "always"))
     block_device_driver: str = setting(
-        "virtio-scsi", one_of("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm")
+        "virtio-scsi", one_of("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm"), acted=True
     )
-    block_device_cache_set: bool = setting(False)
-    block_device_cache_direct: bool = setting(False)
-    block_device_cache_noflush: bool = setting(False)
+    block_device_cache_set: bool = setting(False, acted=True)
+    block_device_cache_direct: bool = setting(False, acted=True)
+    block_device_cache_noflush: bool = setting(False, acted=True)
     enable_iothreads: bool = setting(False)
     enable_mem_prealloc: bool = setting(False)
     enable_hugepages: bool = setting(False)

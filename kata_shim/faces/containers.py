@@ -15,6 +15,7 @@ from kata_shim.faces.fields import field
 from kata_shim.faces.jsonl import Call, Handler
 from kata_shim.messages import MAX_SIZE
 from kata_shim.sandbox.containers import Containers
+from kata_shim.sandbox.disks import mount_of
 from kata_shim.sandbox.sandbox import Sandbox
 from kata_shim.sandbox.stdio import Stdio
 from kata_shim.sandbox.task import Process
@@ -34,7 +35,8 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
             raise invalid(f"rootfs: {rootfs!a} is not an absolute path")
         spec = _spec(call, rootfs, args, env)
         with _status_of_shells():
-            await containers.create_of(sandbox.id, spec, "/", (), lambda: _streams(call))
+            mounts = await asyncio.to_thread(mount_of, rootfs)
+            await containers.create_of(sandbox.id, spec, "/", mounts, lambda: _streams(call))
         if field(call, "detach", bool, False):
             await containers.start(sandbox.id, "")
             return None

@@ -194,7 +194,7 @@ class Containers:
             os.makedirs(container.directory, 0o700)
             container.closing.callback(shutil.rmtree, container.directory, ignore_errors=True)
             for one in request.storages:
-                container.closing.callback(storage.detach, storage.attach(one))
+                container.closing.callback(storage.detach, await storage.attach(one, self._children))
             spec = oci.to_json(request.OCI)
             self._adapt(spec, container, sandbox_pidns=request.sandbox_pidns)
             spec["hooks"] = _hooks(self.hook_path)

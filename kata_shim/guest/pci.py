@@ -1,4 +1,4 @@
-"""The network interface at a PCI path, by sysfs."""
+"""The network interface, or block device, at a PCI path, by sysfs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def interface_at(path: str) -> str:
     behind the bridge in slot 2. Raises `invalid-argument` for another spelling, `failed-precondition` for a
     step that is no bridge.
     """
+    return _named(_device_at(path), "net")
+
+
+def block_device_at(path: str) -> str:
+    """Return the block device at `path`, below /dev, "" while there is none; else as `interface_at`."""
+    name = _named(_device_at(path), "block")
+    return node if name and os.path.exists(node := f"/dev/{name}") else ""
+
+
+def _device_at(path: str) -> str:
+    """Return a PCI device's directory, "" while there is none; raises as `interface_at`."""
     device = ""
     for step in path.split("/"):
         function = _function(step, path)
@@ -30,7 +41,7 @@ def interface_at(path: str) -> str:
         if not bus:
             raise ShimError("failed-precondition", f"devicePath: {path}: PCI device {device} is not a bridge")
         device = f"{bus}:{function}"
-    return _interface_of(f"{_DEVICES}/{device}")
+    return f"{_DEVICES}/{device}"
 
 
 def is_at(name: str, path: str) -> bool:
@@ -57,11 +68,12 @@ def _bus_behind(bridge: str) -> str:
     return os.listdir(f"{_DEVICES}/{bridge}/pci_bus")[0] if "pci_bus" in names else ""
 
 
-def _interface_of(device: str) -> str:
+def _named(device: str, kind: str) -> str:
+    """Return what a device, or the virtio device in it, has of a class: "net" or "block"."""
     try:
         names = os.listdir(device)
-        if "net" not in names:
+        if kind not in names:
             device += "/" + next(name for name in names if name.startswith("virtio"))
-        return next(iter(os.listdir(f"{device}/net")), "")
+        return next(iter(os.listdir(f"{device}/{kind}")), "")
     except (FileNotFoundError, StopIteration):
         return ""

@@ -86,7 +86,7 @@ class _Agent:
 
     async def create_sandbox(self, request: agent_pb2.CreateSandboxRequest) -> Empty:
         for one in request.storages:
-            storage.attach(one)
+            await storage.attach(one, self._agent.children)
         self._agent.containers.hook_path = request.guest_hook_path
         for module in request.kernel_modules:
             await self._agent.children.run(["modprobe", "--", module.name, *module.parameters])

@@ -149,10 +149,14 @@ async def drop_lost_tap(monitor: Monitor, slot: Slot, *, timeout: float = COMMAN
 
 async def nic_present(monitor: Monitor, slot: Slot) -> bool:
     """Whether QEMU has a card in `slot`, be it one that the guest was asked to let go of."""
-    names = NicNames(slot)
+    return await device_present(monitor, NicNames(slot).device)
+
+
+async def device_present(monitor: Monitor, name: str) -> bool:
+    """Whether QEMU has a device of that id, be it one that the guest was asked to let go of."""
     try:
         # Any property will do; QEMU lists eighty, as long as it is asked for all.
-        path = f"/machine/peripheral/{names.device}"
+        path = f"/machine/peripheral/{name}"
         await monitor.execute("qom-get", {"path": path, "property": "hotplugged"})
     except CommandError as error:
         if error.error_class != "DeviceNotFound":
@@ -187,8 +191,8 @@ async def _plug_vhost_user(
 ) -> None:
     netdev = vhost_user_netdev(names.netdev, names.chardev, backend.queues)
     # netdev_add connects again, for ever, when the back end hangs up; so by then there is nothing there.
-    async with monitor.lend_fd(backend.fd, timeout=timeout) as fd:
-        chardev = ClientSocket(names.chardev, f"/proc/self/fd/{fd}")
+    async with monitor.lend_fd(backend.fd, timeout=timeout) as lent:
+        chardev = ClientSocket(names.chardev, f"/proc/self/fd/{lent.fd}")
         await monitor.execute("chardev-add", chardev.arguments, timeout=timeout)
     await _pipeline(monitor, [("netdev_add", netdev.arguments), ("device_add", card.arguments)], timeout)
 
@@ -206,11 +210,29 @@ async def _pipeline(
 async def _unplug(
     monitor: Monitor, names: NicNames, timeout: float, answer_timeout: float, queues: int = 0
 ) -> None:
+    where = f"{names.device} ({names.slot.path})"
+    await delete_device(monitor, names.device, where, timeout=timeout, answer_timeout=answer_timeout)
+    await _remove_backend(monitor, names, queues)
+
+
+async def delete_device(
+    monitor: Monitor,
+    name: str,
+    where: str,
+    *,
+    timeout: float = UNPLUG_TIMEOUT,
+    answer_timeout: float = COMMAND_TIMEOUT,
+) -> None:
+    """Take a device away, of which errors say `where` it is; nothing there is fine.
+
+    Waits up to `timeout` seconds for the guest to let go of it. Raises StuckDeviceError, or as
+    Monitor.execute.
+    """
     async with monitor.events(
-        "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", accept=lambda data: data.get("device") == names.device
+        "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", accept=lambda data: data.get("device") == name
     ) as events:
         try:
-            await monitor.execute("device_del", {"id": names.device}, timeout=answer_timeout)
+            await monitor.execute("device_del", {"id": name}, timeout=answer_timeout)
         except CommandError as error:
             # A guest that was asked before and has not answered yet: its answer is the one to wait for.
             pending = "already in the process of unplug" in error.message
@@ -219,19 +241,17 @@ async def _unplug(
         else:
             pending = True
         if pending:
-            await _deleted(events, names, timeout)
-    await _remove_backend(monitor, names, queues)
+            await _deleted(events, where, timeout)
 
 
-async def _deleted(events: Events, names: NicNames, timeout: float) -> None:
+async def _deleted(events: Events, where: str, timeout: float) -> None:
     try:
         async with asyncio.timeout(timeout):
             event = await events.next()
     except TimeoutError:
-        text = f"the guest did not let go of {names.device} ({names.slot.path}) within {timeout:g} s"
-        raise StuckDeviceError(text) from None
+        raise StuckDeviceError(f"the guest did not let go of {where} within {timeout:g} s") from None
     if event["event"] != "DEVICE_DELETED":
-        raise StuckDeviceError(f"the guest refused to let go of {names.device} ({names.slot.path})")
+        raise StuckDeviceError(f"the guest refused to let go of {where}")
 
 
 async def _remove_backend(monitor: Monitor, names: NicNames, queues: int) -> None:

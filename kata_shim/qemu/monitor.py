@@ -13,7 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qemu.qmp import (
     EventListener,
@@ -74,6 +74,18 @@ class CommandError(ShimError):
             "not-found" if error_class == "DeviceNotFound" else "internal", f"QEMU, {command}: {text}"
         )
         self.error_class = error_class
+
+
+class Lent(NamedTuple):
+    """A descriptor of QEMU's: its number, and that of the set by which QEMU opens it."""
+
+    fd: int
+    fdset: int
+
+    @property
+    def path(self) -> str:
+        """The name by which QEMU opens the very same open file once more."""
+        return f"/dev/fdset/{self.fdset}"
 
 
 class Monitor:
@@ -156,10 +168,10 @@ class Monitor:
             await run_to_end(self.execute("getfd", {"fdname": name}, timeout=timeout))
 
     @asynccontextmanager
-    async def lend_fd(self, fd: int, *, timeout: float = COMMAND_TIMEOUT) -> AsyncIterator[int]:
-        """Let QEMU have a duplicate of `fd` while the body runs (QMP `add-fd`), and yield its number there.
+    async def lend_fd(self, fd: int, *, timeout: float = COMMAND_TIMEOUT) -> AsyncIterator[Lent]:
+        """Let QEMU have a duplicate of `fd` while the body runs (QMP `add-fd`), and yield where it has it.
 
-        Raises as `execute`.
+        What it opens meanwhile by the name of the set it keeps. Raises as `execute`.
         """
         fdset = {"fdset-id": next(self._fdsets)}
         try:
@@ -167,7 +179,7 @@ class Monitor:
                 self._send_fd(fd)
                 added = await run_to_end(self.execute("add-fd", fdset, timeout=timeout))
             assert isinstance(added, dict)
-            yield added["fd"]
+            yield Lent(added["fd"], added["fdset-id"])
         finally:
             with suppress(ShimError):
                 await run_to_end(self.execute("remove-fd", fdset, timeout=timeout))

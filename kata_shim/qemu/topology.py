@@ -62,12 +62,13 @@ class Topology:
         """How many devices can still be plugged."""
         return len(self._slots) - len(self._taken)
 
-    def allocate(self) -> Slot:
-        """Take the lowest free slot.
+    def allocate(self, *, last: bool = False) -> Slot:
+        """Take the lowest free slot, or the `last`: that of a disk, so that NICs have the documented ones.
 
         Raises ShimError `resource-exhausted`, naming the field of configuration.toml to raise.
         """
-        for path, slot in self._slots.items():
+        slots = list(self._slots.items())
+        for path, slot in reversed(slots) if last else slots:
             if path not in self._taken:
                 self._taken.add(path)
                 return slot

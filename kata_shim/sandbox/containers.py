@@ -17,6 +17,7 @@ from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import agent_pb2
 from kata_shim.sandbox import bundle as bundles
 from kata_shim.sandbox import hooks
+from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
 from kata_shim.sandbox.sizing import shm_size, together
@@ -42,6 +43,7 @@ class Containers:
         sandbox_id: str,
         guest: Guest,
         shares: Shares,
+        disks: Disks,
         names: HostNames,
         pid: Callable[[], int],
         note: Callable[[], Awaitable[None]],
@@ -54,6 +56,7 @@ class Containers:
         self._sandbox_id = sandbox_id
         self._guest = guest
         self._shares = shares
+        self._disks = disks
         self._names = names
         self._msize = msize
         self._seccomp = seccomp
@@ -120,20 +123,24 @@ class Containers:
                 self._names.claim(container_id)
                 undo.callback(self._names.release, container_id)
             undo.callback(self._shares.release, container_id)
-            path = self._shares.mount_rootfs(container_id, rootfs, own)
+            path = self._disks.path(container_id, rootfs)
+            if not path:
+                path = self._shares.mount_rootfs(container_id, rootfs, own)
             share = partial(self._shares.bind, container_id)
             with bundles.of_its_types():
                 spec, shares_pids = oci.adapt(described, path, share, seccomp=self._seccomp)
             process = Process(container_id, "", bundle, stdio())
             undo.push_async_callback(process.stdio.close)
+            undo.push_async_callback(self._disks.release, container_id)
+            storages = await self._disks.plug(container_id, rootfs)
             await self._share(shm_size(described.shm))
             container.wants = described.wants
             await self._fit()
             undo.push_async_callback(self._discard, container_id)
             # To its end, too: what the guest has half made it does not remove.
-            creating = self._guest.create(container_id, spec, sandbox_pidns=shares_pids)
-            await _to_end(asyncio.ensure_future(creating), wait=True)
-            if described.readonly:  # the runtime has made its mount points by now
+            creating = self._guest.create(container_id, spec, sandbox_pidns=shares_pids, storages=storages)
+            await _to_end(asyncio.ensure_future(self._disks.keep(container_id, creating)), wait=True)
+            if described.readonly and not storages:  # the runtime has made its mount points by now
                 self._shares.freeze_rootfs(container_id)
             container.processes[""] = process
             container.hooks = described.hooks
@@ -328,6 +335,7 @@ class Containers:
 
     async def _remove(self, container: Container) -> None:
         await self._discard(container.id)
+        await self._disks.release(container.id)
         self._shares.release(container.id)
         await self._run_later_hooks(container, "poststop")
 

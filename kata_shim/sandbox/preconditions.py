@@ -11,6 +11,10 @@ from kata_shim.vm.spec import kernel_params
 VHOST_VSOCK = Path("/dev/vhost-vsock")
 # COMMAND_LINE_SIZE of the kernel's arch/x86/include/asm/setup.h, less the NUL: it cuts what is longer.
 COMMAND_LINE_MOST = 2047
+_NO_DRIVERS = {
+    "virtio-mmio": "is a bus that the machines q35 and pc have not got",
+    "nvdimm": "maps a file into the guest's memory, of which this version plugs no more in",
+}
 
 
 def check(config: Config) -> None:
@@ -23,6 +27,10 @@ def check(config: Config) -> None:
         raise refusal(config, "machine_type", "virt is a machine of ARM's; on this host it is one of q35, pc")
     if hypervisor.shared_fs != "virtio-9p":
         raise refusal(config, "shared_fs", "this version shares files by virtio-9p only; set it to that")
+    if hypervisor.block_device_driver in _NO_DRIVERS and not hypervisor.disable_block_device_use:
+        why = _NO_DRIVERS[hypervisor.block_device_driver]
+        sentence = f"{hypervisor.block_device_driver} {why}; set it to virtio-scsi or virtio-blk"
+        raise refusal(config, "block_device_driver", sentence)
     check_files(config)
     length = len(kernel_command_line(kernel_params(hypervisor), hypervisor.enable_debug))
     if length > COMMAND_LINE_MOST:

@@ -21,6 +21,7 @@ from kata_shim.qemu.process import Process, kill_by_log, read_start_time
 from kata_shim.removal import remove_tree
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.containers import Containers
+from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.guest_kernel import GuestKernel
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.ipvs import Ipvs
@@ -202,6 +203,7 @@ class Sandbox:
             self.id,
             GuestContainers(machine.agent),
             Shares(self.directory / shared.SHARED),
+            Disks(None if settings.hypervisor.disable_block_device_use else machine.disks),
             self._container_names,
             lambda: self.record.pid,
             self.note_containers,

@@ -27,6 +27,7 @@ from kata_shim.qemu.process import Process, join_network_namespace, last_log_lin
 from kata_shim.vm import shared
 from kata_shim.vm.growth import Growth
 from kata_shim.vm.nics import Nics
+from kata_shim.vm.disks import Disks
 from kata_shim.vm.rehearsal import rehearse
 from kata_shim.vm.spec import describe, guest_cid, limits, topology
 
@@ -65,6 +66,7 @@ class Machine:
         self.process: Process
         self.monitor: Monitor
         self.agent: Agent
+        self.disks = Disks(self, hypervisor)
         self._log = directory / "qemu.log"
         self._directory_path = directory
         # A socket's path is at most 107 bytes long; by way of this descriptor any directory is near enough.

@@ -60,7 +60,7 @@ DIRECTORIES = ("dev", "mnt", "proc", "root", "run", "sys", "var/log")
 FILES = {
     "etc/group": "root:x:0:\ntty:x:5:\n",
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
-    "etc/modprobe.d/guest.conf": "options dummy numdummies=0\n",
+    "etc/modprobe.d/guest.conf": "options dummy numdummies=0\noptions scsi_mod scan=manual\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n",
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
 }

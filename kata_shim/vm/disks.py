@@ -1,0 +1,113 @@
+"""The disks of one machine: hot-plugged as configuration.toml's block_device_* fields have it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from kata_shim.config import Hypervisor
+from kata_shim.errors import ShimError
+from kata_shim.qemu import blockdev
+from kata_shim.qemu.devices import Device
+from kata_shim.qemu.monitor import COMMAND_TIMEOUT
+from kata_shim.qemu.topology import Slot
+
+if TYPE_CHECKING:
+    from kata_shim.vm.machine import Machine
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk that is plugged in; the guest's agent finds it by `driver` and `source` (Kata's Storage).
+
+    `devices` are those that it needs, itself the last of them.
+    """
+
+    number: int
+    driver: str
+    source: str
+    devices: tuple[Device, ...]
+    slot: Slot | None = None  # that it has for itself
+
+
+class Disks:
+    """Plugs and unplugs; what there is, its callers know."""
+
+    def __init__(self, machine: Machine, hypervisor: Hypervisor) -> None:
+        self._machine = machine
+        self._by_pci = hypervisor.block_device_driver == "virtio-blk"
+        self._cache: blockdev.Cache | None = None
+        if hypervisor.block_device_cache_set:
+            self._cache = blockdev.Cache(
+                hypervisor.block_device_cache_direct, hypervisor.block_device_cache_noflush
+            )
+        self.patience = hypervisor.hotplug_timeout  # seconds
+        self._answer_timeout = min(self.patience / 2, COMMAND_TIMEOUT)
+        self._taken: set[int] = set()
+        self._controller: Device | None = None  # plugged with the first disk, to stay
+        self._plugging = asyncio.Lock()
+
+    async def plug(self, backing: blockdev.Backing) -> Disk:
+        """Give the guest a disk; it finds it a little later. Raises ShimError; nothing is left of it then."""
+        async with self._plugging:
+            try:
+                return await self._plug(backing)
+            except ShimError as error:
+                raise await self._machine.explain(error) from None
+
+    async def keep(self, disk: Disk, found: asyncio.Future[_T]) -> _T:
+        """Await `found`, which ends when the guest has found the disk; it stays plugged in until then."""
+        return await blockdev.keep_plugged(self._machine.monitor, disk.devices, found)
+
+    async def unplug(self, disk: Disk) -> None:
+        """Take a disk away; raises ShimError when the guest keeps it, and its number and slot stay taken."""
+        if not self._machine.gone.done():
+            await blockdev.unplug_disk(
+                self._machine.monitor,
+                disk.number,
+                timeout=self.patience,
+                answer_timeout=self._answer_timeout,
+            )
+        self._free(disk)
+
+    async def _plug(self, backing: blockdev.Backing) -> Disk:
+        disk = await self._place()
+        self._taken.add(disk.number)
+        try:
+            await blockdev.plug_disk(
+                self._machine.monitor,
+                disk.number,
+                backing,
+                disk.devices[-1],
+                self._cache,
+                answer_timeout=self._answer_timeout,
+            )
+        except BaseException as error:
+            # A QEMU that stands still may do it yet, and a guest may keep it.
+            if not isinstance(error, ShimError) or error.code != "deadline-exceeded":
+                self._free(disk)
+            raise
+        return disk
+
+    async def _place(self) -> Disk:
+        """Return the next disk, with what it is plugged into."""
+        number = next(one for one in range(blockdev.MAX_DISKS + 1) if one not in self._taken)
+        if number == blockdev.MAX_DISKS:
+            raise ShimError("resource-exhausted", f"more than {blockdev.MAX_DISKS} disks in one sandbox")
+        if self._by_pci:
+            slot = self._machine.topology.allocate(last=True)
+            return Disk(number, "blk", slot.path, (blockdev.virtio_disk(number, slot),), slot)
+        if self._controller is None:
+            self._controller = blockdev.controller(self._machine.topology.allocate(last=True))
+        await blockdev.plug_controller(
+            self._machine.monitor, self._controller, answer_timeout=self._answer_timeout
+        )
+        return Disk(number, "scsi", f"{number}:0", (self._controller, blockdev.scsi_disk(number)))
+
+    def _free(self, disk: Disk) -> None:
+        self._taken.discard(disk.number)
+        if disk.slot is not None:
+            self._machine.topology.free(disk.slot)
