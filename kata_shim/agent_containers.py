@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from kata_shim.agent import Agent
+from kata_shim.config import Hypervisor
 from kata_shim.contract.oci import SANDBOX_SHM
 from kata_shim.errors import invalid
 from kata_shim.protos import agent_pb2, oci_pb2
@@ -17,16 +18,19 @@ from kata_shim.protos.services import AGENT_SERVICE
 RUNTIME_TIMEOUT = 60.0  # seconds for what takes a process in the guest
 CHUNK = 768 << 10  # bytes asked for at a time; an answer has 1 MiB at most
 
-SHARED_TAG = "kataShared"  # of the machine's 9p device, as Kata's is called
+SHARED_TAG = "kataShared"  # of the machine's file system, as Kata's is called
 
 _M = TypeVar("_M", bound=Message)
 
 
-def shared_files(directory: str, msize: int) -> agent_pb2.Storage:
-    """Return what has the guest mount the machine's shared files, `msize` bytes in a message of 9p."""
-    options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={msize}", "nodev"]
+def shared_files(directory: str, hypervisor: Hypervisor) -> agent_pb2.Storage:
+    """Return what has the guest mount the machine's shared files."""
+    driver, fstype, options = "virtio-fs", "virtiofs", []
+    if hypervisor.shared_fs == "virtio-9p":
+        driver = fstype = "9p"
+        options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={hypervisor.msize_9p}"]
     return agent_pb2.Storage(
-        driver="9p", source=SHARED_TAG, fstype="9p", mount_point=directory, options=options
+        driver=driver, source=SHARED_TAG, fstype=fstype, mount_point=directory, options=[*options, "nodev"]
     )
 
 
@@ -51,11 +55,11 @@ class Containers:
         self._agent = agent
 
     async def share(
-        self, sandbox_id: str, directory: str, *, msize: int, shm: int, guest_hook_path: str
+        self, sandbox_id: str, files: agent_pb2.Storage, *, shm: int, guest_hook_path: str
     ) -> None:
-        """Have the guest mount the machine's shared files, and a /dev/shm of `shm` bytes for pods."""
+        """Have the guest mount the machine's shared `files`, and a /dev/shm of `shm` bytes for pods."""
         storages = [
-            shared_files(directory, msize),
+            files,
             agent_pb2.Storage(
                 driver="ephemeral",
                 source="shm",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 
 from kata_shim.errors import ShimError
 
 # include/uapi/linux/mount.h
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x1, 0x20, 0x1000, 0x4000, 0x40000
+MS_SHARED = 0x100000
 _FLAGS = {
     "ro": MS_RDONLY,
     "nosuid": 0x2,
@@ -34,6 +36,8 @@ _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NODEV = 1, 4
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000  # include/uapi/linux/fcntl.h
+
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000  # include/uapi/linux/sched.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -82,6 +86,35 @@ def make_read_only(target: str) -> None:
     While a file is open there for writing, the kernel refuses it.
     """
     _set(f"mount {target} read only", _AT_FDCWD, target, _MOUNT_ATTR_RDONLY, 0)
+
+
+def make_read_only_in(process: int, target: str) -> None:
+    """As `make_read_only`, in the mount namespace of the process that the pidfd `process` holds."""
+    refused: list[ShimError] = []
+
+    def change() -> None:
+        # A thread that shares root and working directory with no other may enter by itself (setns(2)).
+        try:
+            if _libc.unshare(_CLONE_FS) or _libc.setns(process, _CLONE_NEWNS):
+                words = os.strerror(ctypes.get_errno())
+                raise ShimError("internal", f"mount {target} read only: its mount namespace: {words}")
+            make_read_only(target)
+        except ShimError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+    if refused:
+        raise refused[0]
+
+
+def propagate(target: str) -> None:
+    """Let what is mounted below `target` from now on appear in mount namespaces that are made from now on.
+
+    Raises as `mount`. What such a mount allows does not follow when it is changed later.
+    """
+    _mount("", target, "", MS_SHARED, "")
 
 
 def unmount(target: str) -> None:

@@ -21,6 +21,8 @@ _NEEDED = (
     ("firmware", "the firmware", 'install it, or use QEMU\'s own with ""'),
     ("entropy_source", "the entropy source", "the kernel's is /dev/urandom"),
 )
+_OF_VIRTIO_FS = ("virtio_fs_daemon", "virtiofsd", "install it (Debian 12: qemu-system-common)")
+_RUN = ("path", "virtio_fs_daemon")
 
 
 def check_files(config: Config) -> None:
@@ -30,9 +32,10 @@ def check_files(config: Config) -> None:
     what to do.
     """
     source = Source(config.text, config.file)
-    for name, what, remedy in _NEEDED:
+    needed = (*_NEEDED, _OF_VIRTIO_FS) if config.hypervisor.shared_fs == "virtio-fs" else _NEEDED
+    for name, what, remedy in needed:
         path: str = getattr(config.hypervisor, name)
-        if path and (trouble := _trouble(path, run=name == "path", device=name == "entropy_source")):
+        if path and (trouble := _trouble(path, run=name in _RUN, device=name == "entropy_source")):
             sentence = f"{path} ({what}) {trouble}; {remedy}, or correct the field"
             raise source.error(QEMU, name, sentence, "failed-precondition")
     initrd = config.hypervisor.initrd

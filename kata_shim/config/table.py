@@ -104,9 +104,9 @@ class Hypervisor:
     memory_offset: int = setting(0, within(0, 0xFFFFFFFF, " MiB"), acted=True)
     disable_block_device_use: bool = setting(False, acted=True)
     shared_fs: str = setting("virtio-9p", one_of("virtio-9p", "virtio-fs"), acted=True)
-    virtio_fs_daemon: str = setting("/usr/lib/qemu/virtiofsd", _path_or_none)
-    virtio_fs_cache_size: int = setting(0, within(0, 524288, " MiB"))
-    virtio_fs_cache: str = setting("auto", one_of("none", "auto", "always"))
+    virtio_fs_daemon: str = setting("/usr/lib/qemu/virtiofsd", _path_or_none, acted=True)
+    virtio_fs_cache_size: int = setting(0, within(0, 524288, " MiB"), acted=True)
+    virtio_fs_cache: str = setting("auto", one_of("none", "auto", "always"), acted=True)
     block_device_driver: str = setting(
         "virtio-scsi", one_of("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm"), acted=True
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 import orjson
 
 from kata_shim.qemu.process import kill_by_log, read_start_time
+from kata_shim.qemu.virtiofsd import LOG as FILES_LOG
 from kata_shim.registry import check_root
 from kata_shim.vm import shared
 
@@ -108,6 +109,7 @@ class Home:
         except FileNotFoundError:
             return 0
         killed = await kill_by_log(*(directory / "qemu.log" for directory in directories))
+        await kill_by_log(*(directory / FILES_LOG for directory in directories))  # which end with their QEMUs
         shared.release(self._ended)
         shutil.rmtree(self._ended)
         return killed

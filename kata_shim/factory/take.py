@@ -17,6 +17,8 @@ from kata_shim.factory.endpoint import ask
 from kata_shim.factory.template import identify
 from kata_shim.qemu.cgroup import adopt
 from kata_shim.qemu.cmdline import MachineSpec
+from kata_shim.qemu.process import find_by_log
+from kata_shim.qemu.virtiofsd import LOG as FILES_LOG
 
 TAKEN = "taken"  # the VM's directory as it comes into the sandbox's
 
@@ -36,8 +38,10 @@ def kind(config: Config, spec: MachineSpec) -> str:
     given a clone, and who wants a vhost-user NIC no memory that a back end cannot reach.
     """
     made = "clone" if config.factory.enable_template else "boot"
-    memory = "shared" if config.hypervisor.shared_memory else "private"
-    return f"{identify(spec).fingerprint}-{made}-{memory}"
+    hypervisor = config.hypervisor
+    memory = "shared" if hypervisor.shared_memory else "private"
+    files = f"-{hypervisor.virtio_fs_cache}-{hypervisor.virtio_fs_daemon}" if spec.virtio_fs else ""
+    return f"{identify(spec).fingerprint}-{made}-{memory}{files}"
 
 
 def network_namespace() -> list[int]:
@@ -63,6 +67,9 @@ async def take(endpoint: Path, directory: Path, wanted: str) -> Parked:
     for entry in list((directory / TAKEN).iterdir()):
         entry.rename(directory / entry.name)
     (directory / TAKEN).rmdir()
-    if trouble := adopt(parked.pid):
-        log.warning("QEMU stays in a control group of the factory's", pid=parked.pid, reason=trouble)
+    log_of_files = directory / FILES_LOG
+    served = [pid for pid, _ in find_by_log(log_of_files)] if log_of_files.exists() else []
+    for pid in (parked.pid, *served):
+        if trouble := adopt(pid):
+            log.warning("it stays in a control group of the factory's", pid=pid, reason=trouble)
     return parked

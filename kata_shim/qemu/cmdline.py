@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kata_shim.qemu.devices import Device, ListeningSocket, Value, escape, keyval
+from kata_shim.qemu.devices import ConnectedSocket, Device, ListeningSocket, Value, escape, keyval
 from kata_shim.qemu.topology import FIXED_SLOTS, Topology
 
 AGENT_PORT = "agent.channel.0"
 SHARED_TAG = "kataShared"  # the Kata runtime's
+# Requests that wait, and so how much one may carry: 256 pages of 4 KiB, which is the most a guest asks for.
+SHARED_QUEUE_SIZE = 1024
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 # Emulated RDRAND asks the host each time and la57 lengthens every page walk: a sixth of the boot together.
@@ -24,7 +26,8 @@ class MachineSpec:
     `*_fd` are listening unix sockets that QEMU inherits by number; `agent_fd` -1 leaves the virtio-serial
     channel out (vsock instead: `guest_cid` above 2). `memory_path` is a file of that size that holds the
     guest's memory; without one it is a memfd if `shared_memory`, else QEMU's own. `shared_directory` is
-    the guest's 9p file system SHARED_TAG. A machine that is `incoming` waits for its saved state and does
+    the guest's 9p file system SHARED_TAG, which with `virtio_fs` is served at the other end of the connected
+    `files_fd` instead. A machine that is `incoming` waits for its saved state and does
     not boot.
     """
 
@@ -49,6 +52,8 @@ class MachineSpec:
     shared_memory: bool = True
     memory_path: str = ""
     shared_directory: str = ""
+    virtio_fs: bool = False
+    files_fd: int = -1
     incoming: bool = False
     enable_debug: bool = False
     max_vcpus: int = 0
@@ -157,9 +162,22 @@ def _channels(spec: MachineSpec) -> list[str]:
 def _devices(spec: MachineSpec) -> list[str]:
     argv = ["-object", f"rng-random,id=entropy,filename={escape(spec.entropy_source)}"]
     argv += Device("virtio-rng-pci", "rng", {"addr": FIXED_SLOTS["rng"], "rng": "entropy"}).argv
+    argv += _virtio_fs(spec) if spec.virtio_fs else _virtio_9p(spec)
+    return [*argv, *Device("vmgenid", "generation", {"guid": "auto"}).argv]
+
+
+def _virtio_9p(spec: MachineSpec) -> list[str]:
     files: dict[str, Value] = {"id": "shared", "path": spec.shared_directory, "security_model": "passthrough"}
     # Several file systems meet in there; two files must not seem the same one.
-    argv += ["-fsdev", keyval("local", {**files, "multidevs": "remap"})]
+    argv = ["-fsdev", keyval("local", {**files, "multidevs": "remap"})]
     share: dict[str, Value] = {"addr": FIXED_SLOTS["shared"], "fsdev": "shared", "mount_tag": SHARED_TAG}
-    argv += Device("virtio-9p-pci", "shared-files", share).argv
-    return [*argv, *Device("vmgenid", "generation", {"guid": "auto"}).argv]
+    return [*argv, *Device("virtio-9p-pci", "shared-files", share).argv]
+
+
+def _virtio_fs(spec: MachineSpec) -> list[str]:
+    share: dict[str, Value] = {"addr": FIXED_SLOTS["shared"], "chardev": "shared", "tag": SHARED_TAG}
+    share["queue-size"] = SHARED_QUEUE_SIZE
+    if spec.accelerator == "tcg":
+        share["vectors"] = 0  # QEMU before 10 crashes when TCG meets vhost-user and MSI-X
+    argv = ConnectedSocket("shared", spec.files_fd).argv
+    return [*argv, *Device("vhost-user-fs-pci", "shared-files", share).argv]

@@ -83,6 +83,19 @@ class ListeningSocket:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectedSocket:
+    """A character device on a connected socket that QEMU inherits as file descriptor `fd`."""
+
+    id: str
+    fd: int
+
+    @property
+    def argv(self) -> list[str]:
+        """The command line's form."""
+        return ["-chardev", keyval("socket", {"id": self.id, "fd": self.fd})]
+
+
+@dataclass(frozen=True, slots=True)
 class ClientSocket:
     """A character device that connects to the unix socket `path` (a vhost-user back end's)."""
 

@@ -1,4 +1,4 @@
-"""The QEMU process: started with few rights in its own session, watched by a pidfd whoever its parent is.
+"""QEMU's process and virtiofsd's: few rights, a session of its own, a pidfd whoever its parent is.
 
 References: pidfd_open(2), setpriv(1), prctl(2), proc(5) (`/proc/PID/stat`, field 22: the start time in clock
 ticks).
@@ -21,8 +21,7 @@ from kata_shim.errors import ShimError
 # QEMU needs no capability for what it is given: taps, memory and sockets come as open descriptors. The
 # files of containers are of any owner, and the guest, which checks who may do what, makes them so
 # (capabilities(7)). No device is made: in a volume it would be there for whoever else has that, on the host.
-_FOR_FILES = "+chown,+dac_override,+fowner,+fsetid,+setfcap"
-SETPRIV = ["setpriv", "--no-new-privs", f"--bounding-set=-all,{_FOR_FILES}", "--inh-caps=-all", "--"]
+FOR_FILES = "chown dac_override fowner fsetid setfcap"
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42  # linux/prctl.h
 LAST_WORDS_BYTES = 4096
@@ -35,7 +34,7 @@ class Process:
     def __init__(self, pid: int, start_time: int, pidfd: int) -> None:
         self.pid = pid
         self.start_time = start_time
-        self._pidfd = pidfd
+        self._pidfd = pidfd  # -1: it has ended, or is not watched any more
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int | None] = self._loop.create_future()
         self._loop.add_reader(pidfd, self._on_exit)
@@ -54,6 +53,13 @@ class Process:
             os.close(pidfd)
             raise ShimError("not-found", f"process {pid} is gone: it has ended, or its pid is another's")
         return cls(pid, start_time, pidfd)
+
+    @property
+    def pidfd(self) -> int:
+        """What it is held by; raises ShimError `not-found` when it has ended."""
+        if self._pidfd < 0:
+            raise ShimError("not-found", f"process {self.pid} has ended")
+        return self._pidfd
 
     def signal(self, number: int) -> None:
         """Send a signal; a process that has ended already is fine."""
@@ -97,16 +103,18 @@ def spawn(
     *,
     dies_with_us: bool = False,
     huge_pages: bool = True,
+    capabilities: str = FOR_FILES,
+    field: str = "path",
 ) -> Process:
-    """Start QEMU in a session of its own, its output going to the end of `log`.
+    """Start a program in a session of its own, its output going to the end of `log`.
 
-    `pass_fds` keep their numbers and are all it inherits. It runs without capabilities and can gain none. It
-    survives us unless `dies_with_us`. Without `huge_pages` it is given none, even where it asks for them.
-    Raises ShimError `failed-precondition` when argv[0] (configuration.toml's `path`) cannot be run.
+    `pass_fds` keep their numbers and are all it inherits. It has these `capabilities` at most, and can gain
+    none. It survives us unless `dies_with_us`. Without `huge_pages` it is given none, even where it asks for
+    them. Raises ShimError `failed-precondition` when argv[0] (configuration.toml's `field`) cannot be run.
     """
     if shutil.which(argv[0]) is None:
-        raise ShimError("failed-precondition", f"path: {argv[0]} does not exist or is not executable")
-    setpriv = shutil.which(SETPRIV[0])
+        raise ShimError("failed-precondition", f"{field}: {argv[0]} does not exist or is not executable")
+    setpriv = shutil.which("setpriv")
     if setpriv is None:
         raise ShimError("failed-precondition", "setpriv (Debian package util-linux) is not installed")
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
@@ -117,7 +125,9 @@ def spawn(
         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),
     ]
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    command = [SETPRIV[0], *(["--pdeathsig=KILL"] if dies_with_us else []), *SETPRIV[1:], *argv]
+    bounds = ",".join(["-all", *(f"+{name}" for name in capabilities.split())])
+    command = ["setpriv", "--no-new-privs", f"--bounding-set={bounds}", "--inh-caps=-all"]
+    command += [*(["--pdeathsig=KILL"] if dies_with_us else []), "--", *argv]
     with nullcontext() if huge_pages else _no_huge_pages():
         pid = os.posix_spawn(
             setpriv,

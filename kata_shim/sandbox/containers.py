@@ -19,7 +19,7 @@ from kata_shim.sandbox import bundle as bundles
 from kata_shim.sandbox import hooks
 from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.host_names import HostNames
-from kata_shim.sandbox.shares import GUEST_DIRECTORY, Mount, Shares
+from kata_shim.sandbox.shares import Mount, Shares
 from kata_shim.sandbox.sizing import shm_size, together
 from kata_shim.sandbox.stdio import Stdio
 from kata_shim.sandbox.task import Container, Process
@@ -48,7 +48,7 @@ class Containers:
         pid: Callable[[], int],
         note: Callable[[], Awaitable[None]],
         *,
-        msize: int,
+        files: agent_pb2.Storage,
         seccomp: bool,
         hook_path: str,
         grow: Grow | None = None,
@@ -58,7 +58,7 @@ class Containers:
         self._shares = shares
         self._disks = disks
         self._names = names
-        self._msize = msize
+        self._files = files
         self._seccomp = seccomp
         self._hook_path = hook_path
         self._containers: dict[str, Container] = {}
@@ -381,8 +381,7 @@ class Containers:
                 return
             await self._guest.share(
                 self._sandbox_id,
-                GUEST_DIRECTORY,
-                msize=self._msize,
+                self._files,
                 shm=shm,
                 guest_hook_path=self._hook_path,
             )

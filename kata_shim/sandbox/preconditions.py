@@ -25,8 +25,10 @@ def check(config: Config) -> None:
         raise refusal(config, "image", sentence)
     if hypervisor.machine_type == "virt":
         raise refusal(config, "machine_type", "virt is a machine of ARM's; on this host it is one of q35, pc")
-    if hypervisor.shared_fs != "virtio-9p":
-        raise refusal(config, "shared_fs", "this version shares files by virtio-9p only; set it to that")
+    if hypervisor.shared_fs == "virtio-fs" and hypervisor.virtio_fs_cache_size:
+        size = hypervisor.virtio_fs_cache_size
+        sentence = f"{size}; Debian's QEMU has no DAX window, and so there is none here: set it to 0"
+        raise refusal(config, "virtio_fs_cache_size", sentence)
     if hypervisor.block_device_driver in _NO_DRIVERS and not hypervisor.disable_block_device_use:
         why = _NO_DRIVERS[hypervisor.block_device_driver]
         sentence = f"{hypervisor.block_device_driver} {why}; set it to virtio-scsi or virtio-blk"

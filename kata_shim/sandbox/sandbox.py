@@ -12,12 +12,14 @@ from pathlib import Path
 from kata_shim import log
 from kata_shim.agent import Input, Output
 from kata_shim.agent_containers import Containers as GuestContainers
+from kata_shim.agent_containers import shared_files
 from kata_shim.config import Config, find_config
 from kata_shim.config import load as load_config
 from kata_shim.errors import ShimError
 from kata_shim.factory.launch import Launch
 from kata_shim.factory.take import TAKEN
 from kata_shim.qemu.process import Process, kill_by_log, read_start_time
+from kata_shim.qemu.virtiofsd import LOG as FILES_LOG
 from kata_shim.removal import remove_tree
 from kata_shim.sandbox import preconditions
 from kata_shim.sandbox.containers import Containers
@@ -28,7 +30,7 @@ from kata_shim.sandbox.ipvs import Ipvs
 from kata_shim.sandbox.lifecycle import Lifecycle
 from kata_shim.sandbox.network import Network
 from kata_shim.sandbox.record import Record, RecordFile, load
-from kata_shim.sandbox.shares import Shares
+from kata_shim.sandbox.shares import GUEST_DIRECTORY, Shares
 from kata_shim.sandbox.watchers import Watchers
 from kata_shim.vm import shared
 from kata_shim.vm.machine import Machine, Step
@@ -199,15 +201,16 @@ class Sandbox:
     def _run(self, machine: Machine, settings: Config) -> None:
         self._network = Network(machine, self.record, self._file, self._devices, self.announce)
         self._ipvs = Ipvs(GuestKernel(machine.agent), self.directory / "ipvs-before")
+        files = machine.files
         self._containers = Containers(
             self.id,
             GuestContainers(machine.agent),
-            Shares(self.directory / shared.SHARED),
+            Shares(self.directory / shared.SHARED, (lambda: files.process.pidfd) if files else None),
             Disks(None if settings.hypervisor.disable_block_device_use else machine.disks),
             self._container_names,
             lambda: self.record.pid,
             self.note_containers,
-            msize=settings.hypervisor.msize_9p,
+            files=shared_files(GUEST_DIRECTORY, settings.hypervisor),
             seccomp=not settings.runtime.disable_guest_seccomp,
             hook_path=settings.hypervisor.guest_hook_path,
             grow=machine.growth.grow if settings.runtime.enable_cpu_memory_hotplug else None,
@@ -290,8 +293,11 @@ class Sandbox:
             raise ShimError("failed-precondition", f"{self.directory} is not removed: {reason}") from None
 
     async def _kill_strays(self) -> None:
-        """End a QEMU whose pid no record holds: a shim was killed too early, or the record is lost."""
-        logs = ("shim.log", f"{TAKEN}/qemu.log", "qemu.log")
+        """End a QEMU whose pid no record holds: a shim was killed too early, or the record is lost.
+
+        And a virtiofsd that has not heard of any QEMU.
+        """
+        logs = ("shim.log", f"{TAKEN}/qemu.log", "qemu.log", f"{TAKEN}/{FILES_LOG}", FILES_LOG)
         await kill_by_log(*(self.directory / log for log in logs))
 
     # Use

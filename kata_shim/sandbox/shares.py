@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,8 +29,12 @@ Mount = tuple[str, str, Sequence[str]]  # type, source, options
 class Shares:
     """The mounts of one sandbox."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, server: Callable[[], int] | None = None) -> None:
+        """Share by way of `directory`; `server` returns a pidfd of who serves it from other mounts than ours.
+
+        What is mounted here appears there, as the machine's directory was prepared.
+        """
+        self._server = server
         self._points = directory / shared.POINTS
         self._guest = directory / shared.GUEST
 
@@ -51,6 +55,8 @@ class Shares:
     def freeze_rootfs(self, container_id: str) -> None:
         """Make a root file system read only, once the guest's runtime has made mount points there."""
         mounts.make_read_only(f"{self._guest}/{container_id}/rootfs")
+        if self._server is not None:  # its own mount of that does not follow
+            mounts.make_read_only_in(self._server(), f"/{container_id}/rootfs")
 
     def bind(self, container_id: str, source: str, readonly: bool) -> str:
         """Share one more file or directory; return the guest's path. Raises ShimError."""

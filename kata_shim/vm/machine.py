@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,7 @@ from kata_shim.qemu import accelerator, cmdline, migration
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
+from kata_shim.qemu.virtiofsd import Virtiofsd
 from kata_shim.vm import shared
 from kata_shim.vm.growth import Growth
 from kata_shim.vm.nics import Nics
@@ -60,6 +62,9 @@ class Machine:
         self._cpu_model = hypervisor.cpu_model
         self._accelerators = accelerators
         self.console = Console()
+        self.files: Virtiofsd | None = None  # who serves them, if it is not QEMU
+        if hypervisor.shared_fs == "virtio-fs":
+            self.files = Virtiofsd(directory, hypervisor.virtio_fs_daemon, hypervisor.virtio_fs_cache)
         self.nics = Nics(self, hypervisor)
         self.growth = Growth(self, hypervisor, self._most)
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -74,6 +79,8 @@ class Machine:
         self._near = Path(f"/proc/self/fd/{self._directory}")
         self._watcher: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
+        self._guarding: asyncio.Task[None] | None = None
+        self._has_lost_files = False
         self._reason = ""  # for QEMU's end, of QMP's ShutdownCause
 
     async def choose_accelerator(self) -> None:
@@ -114,7 +121,7 @@ class Machine:
             await self._start(spec, None, cid_of=str(uuid4()))
             await step("booting the template")
             await self._open_agent(self._hypervisor.agent_timeout)
-            await self._unless_gone(rehearse(self.agent, self._hypervisor.msize_9p))
+            await self._unless_gone(rehearse(self.agent, self._hypervisor))
             await self._unless_gone(migration.save(self.monitor, state))
         finally:
             await self.kill()
@@ -149,6 +156,7 @@ class Machine:
         async with self._dead_unless_whole():
             self.process = Process.attach(pid, start_time)
             await started(self.process)
+            await self._attach_files()
             await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
             await self._unless_gone(self.monitor.execute("cont"))
             await self._unless_gone(self.agent.dial())
@@ -166,6 +174,7 @@ class Machine:
         A guest that does not answer now may do so later: whoever needs it then opens the channel.
         """
         self.process = Process.attach(pid, start_time)
+        await self._attach_files()
         join_network_namespace(pid)
         await self._connect(guest_cid(uuid) if self._hypervisor.use_vsock else 0, REATTACH_TIMEOUT)
         try:
@@ -182,13 +191,15 @@ class Machine:
         if self._watcher is not None:
             # Whoever waits for QEMU hears its cause, not that we closed the channels.
             await asyncio.wait((self._watcher,), timeout=END_TIMEOUT)
+        if self.files is not None:
+            await self.files.kill(END_TIMEOUT)
         if self._directory >= 0:
             shared.release(self._near)
         await self.close()
 
     async def close(self) -> None:
         """Let go of QEMU, which goes on."""
-        for task in (self._watcher, self._hearing):
+        for task in (self._watcher, self._hearing, self._guarding):
             if task is not None:
                 task.cancel()
         if hasattr(self, "agent"):
@@ -198,6 +209,8 @@ class Machine:
         await self.console.close()
         if hasattr(self, "process"):
             self.process.close()
+        if self.files is not None:
+            self.files.close()
         self.nics.close()
         if self._directory >= 0:
             os.close(self._directory)
@@ -210,7 +223,16 @@ class Machine:
         return exited is not None and exited.done() and not exited.cancelled() and (exited.result() or 0) > 0
 
     def cause(self) -> str:
-        """Return the best reason known for QEMU's end: the guest's panic, QEMU's last words, its status."""
+        """Return the best reason known for QEMU's end: the guest's panic, QEMU's last words, its status.
+
+        Before them comes the end of who served the guest's files.
+        """
+        failure = self.files.failure() if self.files is not None else ""
+        if self._has_lost_files:
+            text = "virtiofsd has ended, so that nobody serves the guest's files, and QEMU was ended"
+            return f"{text}: {failure}" if failure else text
+        if failure:
+            return failure
         said = last_log_line(self._log)
         heard = self.console.cause()
         ended = hasattr(self, "process") and self.process.exited.done()
@@ -242,11 +264,16 @@ class Machine:
             (self._near / f"{name}.sock").unlink(missing_ok=True)
         listeners = {name: self._listen(name) for name in SOCKETS if not (cid and name == "agent")}
         fds = {name: listener.fileno() for name, listener in listeners.items()}
+        served: socket.socket | None = None
         spec = replace(spec, qmp_fd=fds["qmp"], console_fd=fds["console"], guest_cid=cid)
         try:
             prepare = shared.prepare_nothing if started is None else shared.prepare
-            seen = prepare(self._directory_path)
+            seen = prepare(self._directory_path, propagate=self.files is not None)
             spec = replace(spec, agent_fd=fds.get("agent", -1), shared_directory=seen)
+            if self.files is not None:
+                served = self.files.start(seen, self._near)
+                fds["files"] = served.fileno()
+                spec = replace(spec, files_fd=fds["files"])
             self.process = spawn(
                 cmdline.build(spec),
                 self._log,
@@ -255,8 +282,8 @@ class Machine:
                 huge_pages=spec.huge_pages,
             )
         finally:
-            for listener in listeners.values():
-                listener.close()
+            for passed in (*listeners.values(), *([served] if served else [])):
+                passed.close()
         if started is not None:
             await started(self.process)
         await self._connect(cid, self._hypervisor.agent_timeout)
@@ -286,6 +313,8 @@ class Machine:
             )
         )
         self._hearing = asyncio.create_task(self._hear_shutdown())
+        if self.files is not None:
+            self._guarding = asyncio.create_task(self._guard_files(self.files))
         self.agent = Agent(cid or self._near / "agent.sock", self.explain)
 
     async def _open_agent(self, timeout: float) -> None:
@@ -326,8 +355,26 @@ class Machine:
     def _ended(self) -> ShimError:
         return ShimError("unavailable", self.gone.result() or "the guest has powered off")
 
+    async def _attach_files(self) -> None:
+        """Find who serves the files of a QEMU that was started before; end one that has nobody."""
+        if self.files is not None and not self.files.attach():
+            self._has_lost_files = True
+            await self.process.kill()
+            raise ShimError("not-found", self.cause())
+
+    async def _guard_files(self, files: Virtiofsd) -> None:
+        """End a QEMU whose files nobody serves any more: the guest would wait for them for ever."""
+        await files.ended()
+        with suppress(ShimError):
+            # It ends as soon as QEMU does, too; one that is ending does not answer.
+            await self.monitor.execute("query-status")
+            self._has_lost_files = True
+            self.process.signal(signal.SIGKILL)
+
     async def _watch(self) -> None:
         await asyncio.shield(self.process.exited)
+        if self.files is not None:
+            await self.files.settle(END_TIMEOUT)
         await self.console.drain()
         if self._hearing is not None:
             await asyncio.wait((self._hearing,), timeout=END_TIMEOUT)

@@ -7,6 +7,7 @@ import asyncio
 from kata_shim import log
 from kata_shim.agent import Agent
 from kata_shim.agent_containers import Containers, shared_files
+from kata_shim.config import Hypervisor
 from kata_shim.contract import oci
 from kata_shim.errors import ShimError
 
@@ -18,7 +19,7 @@ _ROOT = "/run/kata-containers/rehearsal-root"
 _MAKE_ROOT = f"mkdir -p {_ROOT}/bin && cp /bin/busybox {_ROOT}/bin && ln -s busybox {_ROOT}/bin/true"
 
 
-async def rehearse(agent: Agent, msize: int) -> None:
+async def rehearse(agent: Agent, hypervisor: Hypervisor) -> None:
     """Have the agent do what a clone's will have to; raises ShimError, not for a guest without containers.
 
     Nothing of it is left in the guest but what kernel and interpreter have learned.
@@ -29,7 +30,7 @@ async def rehearse(agent: Agent, msize: int) -> None:
         async with asyncio.timeout(PATIENCE):
             await _sh(agent, _MAKE_ROOT)
             for number in range(CONTAINERS):
-                await _run(Containers(agent), f"rehearsal-{number}", msize)
+                await _run(Containers(agent), f"rehearsal-{number}", hypervisor)
             await _sh(agent, f"rm -r {_ROOT}")
     except ShimError as error:
         log.info("no container is rehearsed", reason=error.message)
@@ -49,11 +50,12 @@ async def _sh(agent: Agent, script: str) -> None:
         raise ShimError("internal", f"{script}: exit status {status}")
 
 
-async def _run(guest: Containers, container_id: str, msize: int) -> None:
+async def _run(guest: Containers, container_id: str, hypervisor: Hypervisor) -> None:
     """Run a container on files of the guest's, what the machine shares mounted for as long as it lives."""
     described = oci.read(oci.default_spec(_ROOT, ["/bin/true"], [], "", terminal=False))
     spec, _ = oci.adapt(described, _ROOT, lambda source, _: source, seccomp=True)
-    await guest.create(container_id, spec, sandbox_pidns=False, storages=[shared_files(_SHARED, msize)])
+    storages = [shared_files(_SHARED, hypervisor)]
+    await guest.create(container_id, spec, sandbox_pidns=False, storages=storages)
     try:
         await guest.start(container_id)
         await guest.wait(container_id, container_id)

@@ -19,20 +19,23 @@ SHARED = "shared"
 POINTS, GUEST = "points", "guest"
 
 
-def prepare(directory: Path) -> str:
+def prepare(directory: Path, *, propagate: bool = False) -> str:
     """Make a machine's shared directory, and return the guest's part; raises ShimError.
 
     The mount point's own name stays: what is above it can be moved, as to a sandbox that takes the machine.
+    With `propagate` who has it in a mount namespace of its own from now on sees what is mounted there later.
     """
     points, guest = directory / SHARED / POINTS, directory / SHARED / GUEST
     for path in (points, guest):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     release(guest)  # of a machine that did not come up
     mounts.share(str(points), str(guest), readonly=True)
+    if propagate:
+        mounts.propagate(str(guest))
     return str(guest)
 
 
-def prepare_nothing(directory: Path) -> str:
+def prepare_nothing(directory: Path, *, propagate: bool = False) -> str:
     """As `prepare`, an empty directory that stays so: of a guest in which nobody runs anything."""
     (directory / SHARED).mkdir(mode=0o700, exist_ok=True)
     return str(directory / SHARED)

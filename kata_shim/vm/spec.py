@@ -71,6 +71,7 @@ def describe(
         firmware=hypervisor.firmware,
         entropy_source=hypervisor.entropy_source,
         shared_memory=hypervisor.shared_memory,
+        virtio_fs=hypervisor.shared_fs == "virtio-fs",
         enable_debug=hypervisor.enable_debug,
         max_vcpus=most.vcpus,
         max_memory=most.memory,

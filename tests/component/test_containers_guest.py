@@ -110,7 +110,7 @@ async def containers(guest: Guest, tmp_path: Path, told: list[str]) -> AsyncIter
         names,
         os.getpid,
         note,
-        msize=8192,
+        files=agent_pb2.Storage(),
         seccomp=False,
         hook_path="",
     )
