@@ -27,9 +27,9 @@ from kata_shim.qemu.monitor import Monitor
 from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.virtiofsd import Virtiofsd
 from kata_shim.vm import shared
+from kata_shim.vm.disks import Disks
 from kata_shim.vm.growth import Growth
 from kata_shim.vm.nics import Nics
-from kata_shim.vm.disks import Disks
 from kata_shim.vm.rehearsal import rehearse
 from kata_shim.vm.spec import describe, guest_cid, limits, topology
 
@@ -66,12 +66,12 @@ class Machine:
         if hypervisor.shared_fs == "virtio-fs":
             self.files = Virtiofsd(directory, hypervisor.virtio_fs_daemon, hypervisor.virtio_fs_cache)
         self.nics = Nics(self, hypervisor)
+        self.disks = Disks(self, hypervisor)
         self.growth = Growth(self, hypervisor, self._most)
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.process: Process
         self.monitor: Monitor
         self.agent: Agent
-        self.disks = Disks(self, hypervisor)
         self._log = directory / "qemu.log"
         self._directory_path = directory
         # A socket's path is at most 107 bytes long; by way of this descriptor any directory is near enough.
