@@ -7,7 +7,6 @@ of the block device, which so lasts as long as QEMU has it. References: QEMU's q
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -112,12 +111,12 @@ async def plug_disk(
         raise
 
 
-async def keep_plugged(monitor: Monitor, devices: Sequence[Device], found: asyncio.Future[T]) -> T:
-    """Await `found`, which ends when the guest has found the new devices; return what it does.
+async def keep_plugged(monitor: Monitor, device: Device, found: asyncio.Future[T]) -> T:
+    """Await `found`, which ends when the guest has found the new PCI device; return what it does.
 
     One that the guest takes away meanwhile is plugged in again: why it might, hotplug.keep_plugged tells.
     """
-    guarding = asyncio.create_task(_plug_again(monitor, devices))
+    guarding = asyncio.create_task(_plug_again(monitor, device))
     try:
         return await found
     finally:
@@ -146,16 +145,12 @@ async def _unplug(monitor: Monitor, number: int, timeout: float, answer_timeout:
             raise
 
 
-async def _plug_again(monitor: Monitor, devices: Sequence[Device]) -> None:
-    """Plug in whatever of the devices is gone, for ever; the node must be there."""
-    names = {device.id for device in devices}
-
-    def is_one(data: Mapping[str, object]) -> bool:
-        return data.get("device") in names
-
-    async with monitor.events("DEVICE_DELETED", accept=is_one) as events:
+async def _plug_again(monitor: Monitor, device: Device) -> None:
+    """Plug the device in whenever it is gone, for ever; its node must be there."""
+    async with monitor.events(
+        "DEVICE_DELETED", accept=lambda data: data.get("device") == device.id
+    ) as events:
         while True:
-            for device in devices:
-                if not await device_present(monitor, device.id):
-                    await monitor.execute("device_add", device.arguments)
+            if not await device_present(monitor, device.id):
+                await monitor.execute("device_add", device.arguments)
             await events.next()

@@ -23,14 +23,14 @@ _T = TypeVar("_T")
 class Disk:
     """A disk that is plugged in; the guest's agent finds it by `driver` and `source` (Kata's Storage).
 
-    `devices` are those that it needs, itself the last of them.
+    One that is a PCI device has a slot of its own.
     """
 
     number: int
     driver: str
     source: str
-    devices: tuple[Device, ...]
-    slot: Slot | None = None  # that it has for itself
+    device: Device
+    slot: Slot | None = None
 
 
 class Disks:
@@ -60,7 +60,9 @@ class Disks:
 
     async def keep(self, disk: Disk, found: asyncio.Future[_T]) -> _T:
         """Await `found`, which ends when the guest has found the disk; it stays plugged in until then."""
-        return await blockdev.keep_plugged(self._machine.monitor, disk.devices, found)
+        if disk.slot is None:
+            return await found
+        return await blockdev.keep_plugged(self._machine.monitor, disk.device, found)
 
     async def unplug(self, disk: Disk) -> None:
         """Take a disk away; raises ShimError when the guest keeps it, and its number and slot stay taken."""
@@ -81,7 +83,7 @@ class Disks:
                 self._machine.monitor,
                 disk.number,
                 backing,
-                disk.devices[-1],
+                disk.device,
                 self._cache,
                 answer_timeout=self._answer_timeout,
             )
@@ -99,13 +101,13 @@ class Disks:
             raise ShimError("resource-exhausted", f"more than {blockdev.MAX_DISKS} disks in one sandbox")
         if self._by_pci:
             slot = self._machine.topology.allocate(last=True)
-            return Disk(number, "blk", slot.path, (blockdev.virtio_disk(number, slot),), slot)
+            return Disk(number, "blk", slot.path, blockdev.virtio_disk(number, slot), slot)
         if self._controller is None:
             self._controller = blockdev.controller(self._machine.topology.allocate(last=True))
         await blockdev.plug_controller(
             self._machine.monitor, self._controller, answer_timeout=self._answer_timeout
         )
-        return Disk(number, "scsi", f"{number}:0", (self._controller, blockdev.scsi_disk(number)))
+        return Disk(number, "scsi", f"{number}:0", blockdev.scsi_disk(number))
 
     def _free(self, disk: Disk) -> None:
         self._taken.discard(disk.number)
