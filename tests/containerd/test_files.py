@@ -102,7 +102,7 @@ def test_read_only_is_so_with_all_below_it(
     assert where != ""
     script = f"mount -o remount,rw {GUEST}; mount -o remount,rw,bind {GUEST}; cd {where} || exit 9"
     assert inside.guest(script).status != 9
-    for command in ("echo changed > {}", "rm {}", "mv {} moved", "chmod 777 {}", "touch {}", "ln {} linked"):
+    for command in ("echo changed > {}", "rm {}", "mv {} moved", "chmod 777 {}", "touch {}", "ln {0} {0}2"):
         for name in ("file", "below/file"):
             refused = inside.guest(f"cd {where}; {command.format(name)}")
             assert refused.status != 0, (command, name)

@@ -87,10 +87,6 @@ def booted(runtime: Runtime) -> Iterator[Guest]:
             {"machine_type": "virt"},
             "machine_type: virt is a machine of ARM's; on this host it is one of q35, pc",
         ),
-        (
-            {"shared_fs": "virtio-fs"},
-            "shared_fs: this version shares files by virtio-9p only; set it to that",
-        ),
         ({"machine_type": "isa"}, 'machine_type: "isa" is not one of q35, pc, virt'),
         ({"default_vcpus": 9999}, "default_vcpus: 9999 is not within 1.."),
         ({"default_memory": 100}, "default_memory: 100 is not within 300..524288 MiB"),
