@@ -34,8 +34,8 @@ def methods(sandbox: Sandbox) -> dict[str, Handler]:
         if not rootfs.startswith("/"):
             raise invalid(f"rootfs: {rootfs!a} is not an absolute path")
         spec = _spec(call, rootfs, args, env)
+        mounts = await asyncio.to_thread(mount_of, rootfs)
         with _status_of_shells():
-            mounts = await asyncio.to_thread(mount_of, rootfs)
             await containers.create_of(sandbox.id, spec, "/", mounts, lambda: _streams(call))
         if field(call, "detach", bool, False):
             await containers.start(sandbox.id, "")

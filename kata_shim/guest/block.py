@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from kata_shim.errors import ShimError, invalid
 from kata_shim.guest.children import Children
-from kata_shim.guest.pci import block_device_at
+from kata_shim.guest.pci import block_device_at, usable
 
 DRIVERS = {"blk": ("virtio_blk",), "scsi": ("virtio_scsi", "sd_mod")}  # and the modules that each needs
 TIMEOUT = 15.0  # seconds until a device must be there, where nobody says otherwise
@@ -55,8 +55,9 @@ async def find(driver: str, source: str, timeout: float, children: Children) -> 
 class Words:
     """What the kernel has to say of a device from now on."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, fstype: str) -> None:
         self._mark = f"({os.path.basename(device)})"
+        self._begin = fstype.upper()  # of "EXT4-fs: Unknown parameter", for one
         self._log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         os.lseek(self._log, 0, os.SEEK_END)
 
@@ -67,7 +68,8 @@ class Words:
             while True:
                 text = os.read(self._log, _KMSG_RECORD).decode(errors="replace").partition(";")[2]
                 line = text.partition("\n")[0]
-                said = line if self._mark in line else said
+                if self._mark in line or line.upper().startswith(self._begin):
+                    said = line
         os.close(self._log)
         return said
 
@@ -110,5 +112,4 @@ def _scan(host: str, place: str) -> None:
 
 def _scsi_device(place: str) -> str:
     found = glob.glob(f"/sys/bus/scsi/devices/*:{place}/block/*")
-    node = f"/dev/{os.path.basename(found[0])}" if found else ""
-    return node if os.path.exists(node) else ""
+    return usable(os.path.basename(found[0])) if found else ""

@@ -26,7 +26,16 @@ def interface_at(path: str) -> str:
 def block_device_at(path: str) -> str:
     """Return the block device at `path`, below /dev, "" while there is none; else as `interface_at`."""
     name = _named(_device_at(path), "block")
-    return node if name and os.path.exists(node := f"/dev/{name}") else ""
+    return usable(name) if name else ""
+
+
+def usable(name: str) -> str:
+    """Return the path of a block device, "" as long as it cannot be opened: it is there a little earlier."""
+    try:
+        os.close(os.open(node := f"/dev/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return ""
+    return node
 
 
 def _device_at(path: str) -> str:

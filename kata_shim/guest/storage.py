@@ -58,7 +58,7 @@ def _mount(target: str, storage: agent_pb2.Storage) -> None:
 def _mount_disk(device: str, target: str, storage: agent_pb2.Storage) -> None:
     """Mount a disk; an error has what else the kernel says of it."""
     os.makedirs(target, exist_ok=True)
-    words = block.Words(device)
+    words = block.Words(device, storage.fstype)
     try:
         mounts.mount(device, target, storage.fstype, storage.options)
     except ShimError as error:
