@@ -27,6 +27,17 @@ NAMES = [
     "ä€😀".encode(),
 ]
 
+COMMANDS = [  # that would spoil where the host mounts
+    "ln -s /etc evil",
+    "mkdir evil",
+    "touch evil",
+    "rm -r c",
+    "mv c evil",
+    "rmdir c/rootfs",
+    "mv c/rootfs c/evil && ln -s /etc c/rootfs",
+    "mkdir c/99",
+]
+
 
 @dataclass(frozen=True)
 class Container:
@@ -132,19 +143,7 @@ def test_read_only_root(ctr: Containerd, runtime: Runtime, own_rootfs: Path) -> 
     assert not (own_rootfs / "new").exists()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "ln -s /etc evil",
-        "mkdir evil",
-        "touch evil",
-        "rm -r c",
-        "mv c evil",
-        "rmdir c/rootfs",
-        "mv c/rootfs c/evil && ln -s /etc c/rootfs",
-        "mkdir c/99",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_cve_2020_2026_mount_points_are_not_the_guests(
     ctr: Containerd, runtime: Runtime, own_rootfs: Path, command: str
 ) -> None:
