@@ -18,6 +18,7 @@ from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2
 from kata_shim.protos.services import AGENT, AGENT_SERVICE
 from kata_shim.sandbox.containers import WAITS, Containers
+from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import Shares
 from kata_shim.sandbox.stdio import Stdio
@@ -107,6 +108,7 @@ async def containers(guest: Guest, tmp_path: Path, told: list[str]) -> AsyncIter
         "sandbox",
         GuestContainers(agent),
         Shares(tmp_path / shared.SHARED),
+        Disks(None),
         names,
         os.getpid,
         note,
