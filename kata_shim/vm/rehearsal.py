@@ -17,6 +17,8 @@ PATIENCE = 60.0  # seconds for them; an emulated guest takes three
 _SHARED = "/run/kata-containers/rehearsal"
 _ROOT = "/run/kata-containers/rehearsal-root"
 _MAKE_ROOT = f"mkdir -p {_ROOT}/bin && cp /bin/busybox {_ROOT}/bin && ln -s busybox {_ROOT}/bin/true"
+# Which a guest that boots loads with its first disk; a kernel of another guest may have them built in.
+_FOR_DISKS = "modprobe -a virtio_blk virtio_scsi sd_mod ext4 || :"
 
 
 async def rehearse(agent: Agent, hypervisor: Hypervisor) -> None:
@@ -32,6 +34,8 @@ async def rehearse(agent: Agent, hypervisor: Hypervisor) -> None:
             for number in range(CONTAINERS):
                 await _run(Containers(agent), f"rehearsal-{number}", hypervisor)
             await _sh(agent, f"rm -r {_ROOT}")
+            if not hypervisor.disable_block_device_use:
+                await _sh(agent, _FOR_DISKS)
     except ShimError as error:
         log.info("no container is rehearsed", reason=error.message)
     except TimeoutError:
