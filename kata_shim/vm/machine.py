@@ -24,7 +24,7 @@ from kata_shim.errors import ShimError
 from kata_shim.qemu import accelerator, cmdline, migration
 from kata_shim.qemu.console import Console
 from kata_shim.qemu.monitor import Monitor
-from kata_shim.qemu.process import Process, join_network_namespace, last_log_line, spawn
+from kata_shim.qemu.process import FOR_FILES, Process, join_network_namespace, last_log_line, spawn
 from kata_shim.qemu.virtiofsd import Virtiofsd
 from kata_shim.vm import shared
 from kata_shim.vm.disks import Disks
@@ -280,6 +280,7 @@ class Machine:
                 [*fds.values(), *files],
                 dies_with_us=started is None,
                 huge_pages=spec.huge_pages,
+                capabilities="" if self.files else FOR_FILES,
             )
         finally:
             for passed in (*listeners.values(), *([served] if served else [])):

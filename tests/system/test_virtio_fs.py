@@ -120,8 +120,9 @@ def test_few_rights(configured: Callable[..., Runtime], rootfs: Path) -> None:
         assert all("nodev" in options.split(",") for _, options in seen)
         assert seen[0][1].split(",")[0] == "ro"
         assert os.listdir(f"/proc/{serves}/root") == ["files"]
-        qemu = Path(f"/proc/{runtime('state', sandbox_id).json['pid']}/cmdline").read_text()
-        assert "9p" not in qemu
+        qemu = runtime("state", sandbox_id).json["pid"]
+        assert "9p" not in Path(f"/proc/{qemu}/cmdline").read_text()
+        assert {status(qemu)[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["waits", "serves"])
