@@ -109,7 +109,9 @@ class Home:
         except FileNotFoundError:
             return 0
         killed = await kill_by_log(*(directory / "qemu.log" for directory in directories))
-        await kill_by_log(*(directory / FILES_LOG for directory in directories))  # which end with their QEMUs
+        served = [log for directory in directories if (log := directory / FILES_LOG).exists()]
+        if served:  # by who ends with those QEMUs, if it had heard of them
+            await kill_by_log(*served)
         shared.release(self._ended)
         shutil.rmtree(self._ended)
         return killed

@@ -119,3 +119,12 @@ def test_only_clones_that_are_emulated_do_without_huge_pages() -> None:
     assert SPEC.huge_pages
     assert not replace(SPEC, incoming=True).huge_pages
     assert replace(SPEC, incoming=True, accelerator="kvm").huge_pages
+
+
+@pytest.mark.parametrize(("accelerator", "vectors"), [("tcg", ",vectors=0"), ("kvm", "")])
+def test_virtio_fs_takes_the_place_of_9p(accelerator: str, vectors: str) -> None:
+    argv = build(replace(SPEC, accelerator=accelerator, virtio_fs=True, files_fd=8))
+    assert option(argv, "-chardev", "socket,id=shared") == "socket,id=shared,fd=8"
+    device = option(argv, "-device", "vhost-user-fs-pci")
+    assert device.endswith(f",chardev=shared,tag=kataShared,queue-size=1024{vectors}")
+    assert "9p" not in " ".join(argv)
