@@ -66,7 +66,8 @@ COMMANDS = {
         "run:run",
         "[--detach] [--config FILE] [--rootfs DIR [-t] [--env NAME=VALUE]... [--cwd DIR]] ID [COMMAND...]",
         """start a sandbox; without --detach, delete it on SIGINT, SIGTERM or when it stops
-  --rootfs DIR   run COMMAND, or /bin/sh, in a container of which DIR is the root file system
+  --rootfs DIR   run COMMAND, or /bin/sh, in a container of which DIR is the root file system;
+                 a block device or image file with an ext4 or xfs goes into the guest as a disk
   -t, --tty      give COMMAND a terminal, joined to the one at stdin""",
         flags={"--detach": False, "--config": True, "--rootfs": True, **_OF_A_COMMAND},
         words=(1, None),

@@ -141,6 +141,12 @@ async def test_written_and_read_back(device: str, shim: Shim) -> None:
     assert read(device, "/root/file") == "content\n"
 
 
+async def test_special_files(device: str, shim: Shim) -> None:
+    """They are made there, unlike on what 9p shares."""
+    script = "mkfifo /root/fifo && (echo through > /root/fifo & cat /root/fifo)"
+    assert await shim.run(ext4(device), "/bin/sh", "-c", script) == (0, "through\n")
+
+
 async def test_one_after_the_other(device: str, shim: Shim) -> None:
     """The same device, and the same place in the guest."""
     for number in range(3):

@@ -87,6 +87,17 @@ def test_a_machine_that_was_kept_ready(root: Path, tmp_path: Path, device: str) 
     assert runtime("factory", "destroy").status == 0
 
 
+@pytest.mark.parametrize("cloned", [False, True], ids=["booted", "cloned"])
+def test_what_a_template_has_loaded(root: Path, tmp_path: Path, cloned: bool) -> None:
+    """Only a clone has it without a disk: a boot is not to be longer for it."""
+    runtime = configured(root, tmp_path, cloned=cloned)
+    assert runtime("run", "--detach", "c1") == Result(0, "", SLOW)
+    loaded = runtime("exec", "c1", "--", "ls", "/sys/module").stdout.split()
+    assert {"virtio_blk", "virtio_scsi", "sd_mod", "ext4"}.issubset(loaded) == cloned
+    assert ("virtio_scsi" in loaded) == cloned
+    assert runtime("delete", "--force", "c1") == Result(0, "", "")
+
+
 def test_an_image_file(runtime: Runtime, image: Path) -> None:
     done = runtime("run", "--rootfs", str(image), "c1", "sh", "-c", f"{ROOT}; {WRITE}")
     assert (done.status, done.stdout) == (5, "/dev/sda ext4\n")
