@@ -18,6 +18,7 @@ from kata_shim.qemu.topology import Slot
 
 CONTROLLER = "scsi"  # its id; its bus is CONTROLLER.0
 MAX_DISKS = 256  # virtio-scsi's targets
+_LOOK = 0.005  # seconds between two attempts to close what a device is about to let go of
 T = TypeVar("T")
 
 
@@ -139,10 +140,27 @@ async def _unplug(monitor: Monitor, number: int, timeout: float, answer_timeout:
     name = name_of(number)
     await delete_device(monitor, name, name, timeout=timeout, answer_timeout=answer_timeout)
     try:
+        async with asyncio.timeout(answer_timeout):
+            while not await _has_closed(monitor, number, answer_timeout):
+                await asyncio.sleep(_LOOK)
+    except TimeoutError:
+        text = f"QEMU did not let go of {node_of(number)} within {answer_timeout:g} s"
+        raise StuckDeviceError(text) from None
+
+
+async def _has_closed(monitor: Monitor, number: int, answer_timeout: float) -> bool:
+    """Close what is behind a disk; False as long as the device, which has gone, has not let go of it.
+
+    That takes one of QEMU's RCU grace periods from DEVICE_DELETED on, and no event tells of its end.
+    """
+    try:
         await monitor.execute("blockdev-del", {"node-name": node_of(number)}, timeout=answer_timeout)
     except CommandError as error:
+        if "is in use" in error.message:
+            return False
         if "ailed to find node" not in error.message:
             raise
+    return True
 
 
 async def _plug_again(monitor: Monitor, device: Device) -> None:
