@@ -141,26 +141,27 @@ async def _unplug(monitor: Monitor, number: int, timeout: float, answer_timeout:
     await delete_device(monitor, name, name, timeout=timeout, answer_timeout=answer_timeout)
     try:
         async with asyncio.timeout(answer_timeout):
-            while not await _has_closed(monitor, number, answer_timeout):
-                await asyncio.sleep(_LOOK)
+            await _close(monitor, number, answer_timeout)
     except TimeoutError:
         text = f"QEMU did not let go of {node_of(number)} within {answer_timeout:g} s"
         raise StuckDeviceError(text) from None
 
 
-async def _has_closed(monitor: Monitor, number: int, answer_timeout: float) -> bool:
-    """Close what is behind a disk; False as long as the device, which has gone, has not let go of it.
+async def _close(monitor: Monitor, number: int, answer_timeout: float) -> None:
+    """Close what is behind a disk, as soon as the device, which has gone, has let go of it.
 
     That takes one of QEMU's RCU grace periods from DEVICE_DELETED on, and no event tells of its end.
     """
-    try:
-        await monitor.execute("blockdev-del", {"node-name": node_of(number)}, timeout=answer_timeout)
-    except CommandError as error:
-        if "is in use" in error.message:
-            return False
-        if "ailed to find node" not in error.message:
-            raise
-    return True
+    while True:
+        try:
+            await monitor.execute("blockdev-del", {"node-name": node_of(number)}, timeout=answer_timeout)
+            return
+        except CommandError as error:
+            if "ailed to find node" in error.message:
+                return
+            if "is in use" not in error.message:
+                raise
+        await asyncio.sleep(_LOOK)
 
 
 async def _plug_again(monitor: Monitor, device: Device) -> None:
