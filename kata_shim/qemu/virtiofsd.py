@@ -32,6 +32,7 @@ class Virtiofsd:
         self._cache = cache  # "none", "auto" or "always": what a guest may
         self._log = directory / LOG
         self._process: Process | None = None
+        self.is_missed = False  # a QEMU had to be ended for want of it
 
     def start(self, shared_directory: str, near: Path) -> socket.socket:
         """Start it; return a connection for QEMU, which nobody else can have. Raises ShimError.
@@ -100,6 +101,14 @@ class Virtiofsd:
         """Let go of it; it goes on."""
         if self._process is not None:
             self._process.close()
+
+    def cause(self) -> str:
+        """Return what it has to do with QEMU's end; "" for nothing."""
+        failure = self.failure()
+        if not self.is_missed:
+            return failure
+        text = "virtiofsd has ended, so that nobody serves the guest's files, and QEMU was ended"
+        return f"{text}: {failure}" if failure else text
 
     def failure(self) -> str:
         """Return with what error it has ended, after the field's and the program's names; "" for none."""

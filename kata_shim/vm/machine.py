@@ -80,7 +80,6 @@ class Machine:
         self._watcher: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._guarding: asyncio.Task[None] | None = None
-        self._has_lost_files = False
         self._reason = ""  # for QEMU's end, of QMP's ShutdownCause
 
     async def choose_accelerator(self) -> None:
@@ -227,12 +226,8 @@ class Machine:
 
         Before them comes the end of who served the guest's files.
         """
-        failure = self.files.failure() if self.files is not None else ""
-        if self._has_lost_files:
-            text = "virtiofsd has ended, so that nobody serves the guest's files, and QEMU was ended"
-            return f"{text}: {failure}" if failure else text
-        if failure:
-            return failure
+        if self.files is not None and (why := self.files.cause()):
+            return why
         said = last_log_line(self._log)
         heard = self.console.cause()
         ended = hasattr(self, "process") and self.process.exited.done()
@@ -359,7 +354,7 @@ class Machine:
     async def _attach_files(self) -> None:
         """Find who serves the files of a QEMU that was started before; end one that has nobody."""
         if self.files is not None and not self.files.attach():
-            self._has_lost_files = True
+            self.files.is_missed = True
             await self.process.kill()
             raise ShimError("not-found", self.cause())
 
@@ -369,7 +364,7 @@ class Machine:
         with suppress(ShimError):
             # It ends as soon as QEMU does, too; one that is ending does not answer.
             await self.monitor.execute("query-status")
-            self._has_lost_files = True
+            files.is_missed = True
             self.process.signal(signal.SIGKILL)
 
     async def _watch(self) -> None:
