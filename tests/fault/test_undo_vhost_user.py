@@ -61,6 +61,8 @@ class BackEnd:
         """It stands still until the operation has ended."""
         step.ended.callback(os.kill, self._switch.pid, signal.SIGCONT)
         os.kill(self._switch.pid, signal.SIGSTOP)
+        # A thread of it that another processor runs still answers until all have stopped.
+        os.waitid(os.P_PID, self._switch.pid, os.WSTOPPED | os.WNOWAIT)
         return await step.make()
 
     async def gone(self, step: hands.Step) -> Any:
