@@ -239,6 +239,7 @@ class Containers:
         """Make of a specification one for this guest: its cgroups, and the namespaces that a pod shares."""
         linux = spec.setdefault("linux", {})
         linux["cgroupsPath"] = container.cgroup.path
+        linux.setdefault("personality", {"domain": "LINUX"})  # not its runtime's (runtime.py)
         first = next(iter(self._containers.values()))
         if first is container or first.first not in first.processes:
             return

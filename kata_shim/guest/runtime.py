@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from kata_shim.errors import ShimError
+from kata_shim.guest import system
 from kata_shim.guest.children import Children
 from kata_shim.guest.process import Process, Streams
 from kata_shim.guest.sealed import Program
@@ -35,6 +36,9 @@ class Runtime:
         self._directory = directory
         self._state = f"{_STATE}/{container_id}"
         self._lock = asyncio.Lock()
+        # crun sets the personality of what it executes, as config.json has it; runc of Debian 12 does not.
+        repeats = self._program == "crun" and system.is_emulated()
+        self._placed = system.addresses_fixed if repeats else nullcontext
 
     async def create(self, *, terminal: bool) -> Process:
         """Make the container of the bundle; return its first process, which waits for `start`."""
@@ -107,15 +111,16 @@ class Runtime:
         async with self._lock:
             with suppress(FileNotFoundError):
                 os.unlink(log)  # what an earlier run had to say is not this one's
-            child = self._children.spawn(
-                argv,
-                env=os.environ,
-                cwd="/",
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                program=self._path,
-            )
+            with self._placed():
+                child = self._children.spawn(
+                    argv,
+                    env=os.environ,
+                    cwd="/",
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    program=self._path,
+                )
             if status := await child.exited:
                 why = _last_words(log) or f"exit status {status}"
                 raise ShimError(_code(why), f"{self._program} {words[0]}: {why}")

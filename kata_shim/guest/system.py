@@ -9,13 +9,18 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 from kata_shim import log
 from kata_shim.errors import ShimError, invalid
 
 _RNDRESEEDCRNG = 0x5207  # include/uapi/linux/random.h
+_ADDR_NO_RANDOMIZE = 0x0040000  # include/uapi/linux/personality.h
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 _REBOOT_CMD_POWER_OFF = 0x4321FEDC  # include/uapi/linux/reboot.h
+_CLOCKS = "/sys/devices/system/clocksource/clocksource0/available_clocksource"
 _CPUS = "/sys/devices/system/cpu"
 _MEMORY = "/sys/devices/system/memory"
 _FIRST = -5  # nice(2)
@@ -59,6 +64,28 @@ def keep_memory() -> None:
 def inherit_orphans() -> None:
     """Become the parent of what a container runtime leaves behind, where PID 1 is another (prctl(2))."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@cache
+def is_emulated() -> bool:
+    """Whether this machine's processor is software: KVM gives its guests a clock of its own."""
+    with open(_CLOCKS) as clocks:
+        return "kvm-clock" not in clocks.read().split()
+
+
+@contextmanager
+def addresses_fixed() -> Iterator[None]:
+    """Have a program that is executed meanwhile find its code where it was the last time (personality(2)).
+
+    An emulated processor translates code for each address anew, which takes longer than most programs. It is
+    inherited: only for a program that sets the personality of what it executes itself.
+    """
+    libc = ctypes.CDLL(None)
+    before = libc.personality(_ADDR_NO_RANDOMIZE)
+    try:
+        yield
+    finally:
+        libc.personality(before)
 
 
 def set_hostname(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import tempfile
@@ -62,7 +63,7 @@ class BackEnd:
         step.ended.callback(os.kill, self._switch.pid, signal.SIGCONT)
         os.kill(self._switch.pid, signal.SIGSTOP)
         # A thread of it that another processor runs still answers until all have stopped.
-        os.waitid(os.P_PID, self._switch.pid, os.WSTOPPED | os.WNOWAIT)
+        await asyncio.to_thread(os.waitid, os.P_PID, self._switch.pid, os.WSTOPPED | os.WNOWAIT)
         return await step.make()
 
     async def gone(self, step: hands.Step) -> Any:

@@ -145,3 +145,13 @@ def test_an_agent_that_is_not_pid_1(root: Path, rootfs: Path, tmp_path: Path) ->
     config = write_config(tmp_path / "configuration.toml", accelerator="tcg", kernel_params=UNDER_INIT)
     done = run(Runtime(root, config), rootfs, "c1", "sh", "-c", "exit 7")
     assert done == Result(7, "", "")
+
+
+def test_addresses_are_random_in_a_container(runtime: Runtime, detached: str) -> None:
+    """Its runtime's are not, where the processor is emulated: neither its first process has that of it nor others."""
+    where = {
+        runtime("exec", detached, "--", "sh", "-c", "grep stack /proc/self/maps").stdout for _ in range(3)
+    }
+    assert len(where) == 3
+    first = runtime("exec", detached, "--", "cat", "/proc/1/personality", "/proc/self/personality")
+    assert first == Result(0, "00000000\n00000000\n", "")
