@@ -148,7 +148,7 @@ def test_an_agent_that_is_not_pid_1(root: Path, rootfs: Path, tmp_path: Path) ->
 
 
 def test_addresses_are_random_in_a_container(runtime: Runtime, detached: str) -> None:
-    """Its runtime's are not, where the processor is emulated: neither its first process has that of it nor others."""
+    """Its runtime's are not, where the processor is emulated; that personality is nobody else's."""
     where = {
         runtime("exec", detached, "--", "sh", "-c", "grep stack /proc/self/maps").stdout for _ in range(3)
     }
