@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.cases import Comparison
+from bench.memory import pss
 from bench.place import INTERPRETER, PATIENCE, Ground, Place
+from bench.runc import shims
 
 OURS, RUNC = "io.containerd.kata.v2", "io.containerd.runc.v2"
 AT_ONCE = 20
@@ -72,6 +75,12 @@ class Node(Place):
     def start(self, runtime: str, name: str) -> None:
         """Start a container that does nothing."""
         self.ctr(*self.run(runtime, name, "/bin/sleep", "1000000", flag="--detach")[3:])
+
+    def shims(self, runtime: str) -> list[int]:
+        """The pids of what serves the containers there are."""
+        if runtime == OURS:
+            return [sandbox["shimPid"] for sandbox in json.loads(self.cli("list", "--json"))]
+        return [int(process.name) for process in shims(Path("/usr/bin/containerd-shim-runc-v2"))]
 
     def remove(self, name: str) -> None:
         """End and remove a container."""
@@ -163,21 +172,23 @@ def _write(process: subprocess.Popen[bytes]) -> float:
 
 
 def together(ground: Ground, rounds: int) -> list[Comparison]:
-    """(r) Twenty containers, each in a guest of its own, started at once."""
+    """(r) Twenty containers, each in a guest of its own, started at once; what their shims hold then."""
     name = f"(r) {AT_ONCE} × `ctr run -d` at once, until the last is up"
     compared = Comparison(name, "runc", "all come up")
+    memory = Comparison(f"(r) PSS of a shim with a container, {AT_ONCE} of them", "runc", "", unit="MiB")
     names = [f"bench{number}" for number in range(AT_ONCE)]
     with Node(ground, "node") as node, node.serving():
         for _ in range(max(1, rounds // 5)):
-            for runtime, times in ((OURS, compared.measured), (RUNC, compared.basis)):
+            for runtime, times in ((OURS, "measured"), (RUNC, "basis")):
                 began = time.perf_counter()
                 commands = [node.run(runtime, one, "/bin/sleep", "1000000", flag="--detach") for one in names]
                 for pid in [node.spawn(command) for command in commands]:
                     node.wait(pid)
-                times.append(time.perf_counter() - began)
+                getattr(compared, times).append(time.perf_counter() - began)
+                getattr(memory, times).extend(float(pss(pid)) for pid in node.shims(runtime))
                 for one in names:
                     node.remove(one)
-    return [compared]
+    return [compared, memory]
 
 
 def _make_rootfs(path: Path) -> None:

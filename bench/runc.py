@@ -42,7 +42,8 @@ def main() -> None:
                 rootfs = str(directory / "rootfs")
                 _ctr(directory, "run", "--detach", "--rootfs", rootfs, name, "/bin/busybox", "sleep", "86400")
             time.sleep(IDLE)
-            print(json.dumps([_pss(process) for process in _shims(unpacked)]))
+            program = unpacked / "usr/bin/containerd-shim-runc-v2"
+            print(json.dumps([_pss(process) for process in shims(program)]))
         finally:
             for name in names:
                 _ctr(directory, "tasks", "delete", "--force", name)
@@ -82,8 +83,8 @@ def _ctr(directory: Path, *words: str) -> None:
     subprocess.run(command, check=words[0] == "run", stdout=sys.stderr, stderr=subprocess.DEVNULL)
 
 
-def _shims(unpacked: Path) -> list[Path]:
-    program = unpacked / "usr/bin/containerd-shim-runc-v2"
+def shims(program: Path) -> list[Path]:
+    """Return the processes of a containerd-shim-runc-v2."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

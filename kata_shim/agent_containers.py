@@ -80,8 +80,12 @@ class Containers:
         *,
         sandbox_pidns: bool,
         storages: Sequence[agent_pb2.Storage] = (),
+        patience: float = 0.0,
     ) -> None:
-        """Create a container, up to where its first process, of the same exec id, would begin."""
+        """Create a container, up to where its first process, of the same exec id, would begin.
+
+        The guest waits up to `patience` seconds for its storages.
+        """
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
             exec_id=container_id,
@@ -89,7 +93,7 @@ class Containers:
             sandbox_pidns=sandbox_pidns,
             storages=storages,
         )
-        await self._call("CreateContainer", request, RUNTIME_TIMEOUT)
+        await self._call("CreateContainer", request, RUNTIME_TIMEOUT + patience)
 
     async def start(self, container_id: str) -> None:
         """Let the first process begin."""

@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from kata_shim.errors import ShimError
 
@@ -89,24 +90,47 @@ def make_read_only(target: str) -> None:
 
 
 def make_read_only_in(process: int, target: str) -> None:
-    """As `make_read_only`, in the mount namespace of the process that the pidfd `process` holds."""
-    refused: list[ShimError] = []
+    """As `make_read_only`, of what another process has at `target`; the pidfd `process` holds it."""
+    ended: list[BaseException | None] = []
 
     def change() -> None:
-        # A thread that shares root and working directory with no other may enter by itself (setns(2)).
+        # A thread that shares root and working directory with no other may enter by itself (setns(2)). Its
+        # root is the namespace's then, which is not the process's own where that is in a chroot(2).
         try:
-            if _libc.unshare(_CLONE_FS) or _libc.setns(process, _CLONE_NEWNS):
-                words = os.strerror(ctypes.get_errno())
-                raise ShimError("internal", f"mount {target} read only: its mount namespace: {words}")
+            root = os.open(f"/proc/{_pid_of(process)}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if _libc.unshare(_CLONE_FS) or _libc.setns(process, _CLONE_NEWNS):
+                    words = os.strerror(ctypes.get_errno())
+                    raise ShimError("internal", f"mount {target} read only: its mount namespace: {words}")
+                os.fchdir(root)
+                os.chroot(".")
+            finally:
+                os.close(root)
             make_read_only(target)
-        except ShimError as error:
-            refused.append(error)
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
 
     thread = threading.Thread(target=change)
     thread.start()
     thread.join()
-    if refused:
-        raise refused[0]
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _pid_of(process: int) -> int:
+    with open(f"/proc/self/fdinfo/{process}") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
+
+
+def sync(target: str) -> None:
+    """Wait until what was written to the file system at `target` is on its device or cannot be (syncfs)."""
+    with suppress(OSError):
+        directory = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _libc.syncfs(directory)
+        finally:
+            os.close(directory)
 
 
 def propagate(target: str) -> None:

@@ -16,7 +16,8 @@ from kata_shim.config import Config
 from kata_shim.errors import ShimError
 from kata_shim.factory.launch import Launch
 from kata_shim.factory.take import kind, network_namespace
-from kata_shim.qemu.process import Process
+from kata_shim.qemu.process import Process, kill_by_log
+from kata_shim.qemu.virtiofsd import LOG as FILES_LOG
 from kata_shim.vm import shared
 from kata_shim.vm.machine import Machine
 
@@ -222,6 +223,8 @@ class Cache:
         except FileNotFoundError:
             return
         await vm.process.kill()
+        if (files := ended / FILES_LOG).exists():
+            await kill_by_log(files)
         shared.release(ended)
         await asyncio.to_thread(shutil.rmtree, ended, ignore_errors=True)
 

@@ -51,6 +51,7 @@ class Container:
         self.runtime = Runtime(program, children, container_id, self.directory)
         self.has_hooks = False
         self.is_going = False
+        self.mounted: list[str] = []
         self.closing = ExitStack()
 
     def process(self, exec_id: str) -> Process:
@@ -194,7 +195,7 @@ class Containers:
             os.makedirs(container.directory, 0o700)
             container.closing.callback(shutil.rmtree, container.directory, ignore_errors=True)
             for one in request.storages:
-                container.closing.callback(storage.detach, await storage.attach(one, self._children))
+                container.mounted.append(await storage.attach(one, self._children))
             spec = oci.to_json(request.OCI)
             self._adapt(spec, container, sandbox_pidns=request.sandbox_pidns)
             spec["hooks"] = _hooks(self.hook_path)
@@ -204,6 +205,7 @@ class Containers:
             container.processes[container.first] = await container.runtime.create(terminal=terminal)
             container.closing.callback(container.cgroup.watch(self._ooms.put_nowait))
         except BaseException:
+            await storage.detach(container.mounted)
             del self._containers[container.id]
             container.closing.close()
             raise
@@ -224,6 +226,7 @@ class Containers:
             process.streams.close()
         await container.runtime.delete(hooks=container.has_hooks)
         await container.cgroup.remove()
+        await storage.detach(container.mounted)
         self._containers.pop(container.id, None)
         container.closing.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 from kata_shim import mounts
@@ -33,11 +34,21 @@ async def attach(storage: agent_pb2.Storage, children: Children) -> str:
     return target
 
 
-def detach(target: str) -> None:
-    """Unmount what is mounted there, and remove the directory if it is empty."""
-    mounts.unmount(target)
-    with suppress(OSError):
-        os.rmdir(target)
+async def detach(targets: Sequence[str]) -> None:
+    """Unmount what is mounted there, the last first, and remove the directories that are empty.
+
+    A disk may be taken away then: all is written to it, even where somebody has a copy of the mount.
+    """
+    if targets:
+        await asyncio.to_thread(_detach, targets)
+
+
+def _detach(targets: Sequence[str]) -> None:
+    for target in reversed(targets):
+        mounts.sync(target)
+        mounts.unmount(target)
+        with suppress(OSError):
+            os.rmdir(target)
 
 
 def _target(storage: agent_pb2.Storage) -> str:

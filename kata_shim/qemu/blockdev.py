@@ -44,16 +44,20 @@ def controller(slot: Slot) -> Device:
     return Device("virtio-scsi-pci", CONTROLLER, {"bus": slot.bus, "addr": slot.addr})
 
 
+# An error is the guest's to hear of: for want of space on the host QEMU would stop the machine, for ever.
+_ERRORS: dict[str, Value] = {"werror": "report", "rerror": "report"}
+
+
 def scsi_disk(number: int) -> Device:
     """The disk of that number on the controller: target `number`, unit 0."""
     place: dict[str, Value] = {"bus": f"{CONTROLLER}.0", "channel": 0, "scsi-id": number, "lun": 0}
-    return Device("scsi-hd", name_of(number), {"drive": node_of(number), **place})
+    return Device("scsi-hd", name_of(number), {"drive": node_of(number), **_ERRORS, **place})
 
 
 def virtio_disk(number: int, slot: Slot) -> Device:
     """The disk of that number as a PCI device of its own."""
     place: dict[str, Value] = {"bus": slot.bus, "addr": slot.addr}
-    return Device("virtio-blk-pci", name_of(number), {"drive": node_of(number), **place})
+    return Device("virtio-blk-pci", name_of(number), {"drive": node_of(number), **_ERRORS, **place})
 
 
 def name_of(number: int) -> str:

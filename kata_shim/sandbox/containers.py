@@ -138,7 +138,13 @@ class Containers:
             await self._fit()
             undo.push_async_callback(self._discard, container_id)
             # To its end, too: what the guest has half made it does not remove.
-            creating = self._guest.create(container_id, spec, sandbox_pidns=shares_pids, storages=storages)
+            creating = self._guest.create(
+                container_id,
+                spec,
+                sandbox_pidns=shares_pids,
+                storages=storages,
+                patience=self._disks.patience,
+            )
             await _to_end(asyncio.ensure_future(self._disks.keep(container_id, creating)), wait=True)
             if described.readonly and not storages:  # the runtime has made its mount points by now
                 self._shares.freeze_rootfs(container_id)

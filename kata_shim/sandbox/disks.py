@@ -40,6 +40,11 @@ class Disks:
         self._machine = machine
         self._disks: dict[str, Disk] = {}
 
+    @property
+    def patience(self) -> float:
+        """Seconds that a guest may take to find a disk."""
+        return 0.0 if self._machine is None else self._machine.patience
+
     def path(self, container_id: str, rootfs: Sequence[Mount]) -> str:
         """Return where the guest will have a root file system that is to be a disk; "" for any other."""
         if self._machine is None or len(rootfs) != 1 or rootfs[0][0] not in FILE_SYSTEMS:
@@ -117,8 +122,8 @@ def _claim_file(descriptor: int, where: str, *, readonly: bool) -> None:
     except BlockingIOError:
         raise _busy(where) from None
     for shown in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with suppress(OSError), open(shown) as name:
-            if os.path.samestat(os.stat(name.read().rstrip("\n")), os.fstat(descriptor)):
+        with suppress(OSError), open(shown, "rb") as name:
+            if os.path.samestat(os.stat(name.read().removesuffix(b"\n")), os.fstat(descriptor)):
                 raise _busy(f"{where}: {shown.split('/')[3]} is made of it") from None
 
 

@@ -47,6 +47,7 @@ class Disks:
         self.patience = hypervisor.hotplug_timeout  # seconds
         self._answer_timeout = min(self.patience / 2, COMMAND_TIMEOUT)
         self._taken: set[int] = set()
+        self._next = 0
         self._controller: Device | None = None  # plugged with the first disk, to stay
         self._plugging = asyncio.Lock()
 
@@ -96,8 +97,11 @@ class Disks:
 
     async def _place(self) -> Disk:
         """Return the next disk, with what it is plugged into."""
-        number = next(one for one in range(blockdev.MAX_DISKS + 1) if one not in self._taken)
-        if number == blockdev.MAX_DISKS:
+        # The one that was free the longest: the guest may still be busy with what was at the last.
+        turn = (*range(self._next, blockdev.MAX_DISKS), *range(self._next))
+        number = next((one for one in turn if one not in self._taken), -1)
+        self._next = (number + 1) % blockdev.MAX_DISKS
+        if number < 0:
             raise ShimError("resource-exhausted", f"more than {blockdev.MAX_DISKS} disks in one sandbox")
         if self._by_pci:
             slot = self._machine.topology.allocate(last=True)

@@ -361,11 +361,14 @@ class Machine:
     async def _guard_files(self, files: Virtiofsd) -> None:
         """End a QEMU whose files nobody serves any more: the guest would wait for them for ever."""
         await files.ended()
-        with suppress(ShimError):
-            # It ends as soon as QEMU does, too; one that is ending does not answer.
+        try:
             await self.monitor.execute("query-status")
-            files.is_missed = True
-            self.process.signal(signal.SIGKILL)
+        except ShimError as error:
+            # It ends as soon as QEMU does, too. One that has not answered in time has not ended.
+            if error.code != "deadline-exceeded":
+                return
+        files.is_missed = True
+        self.process.signal(signal.SIGKILL)
 
     async def _watch(self) -> None:
         await asyncio.shield(self.process.exited)

@@ -237,3 +237,21 @@ def test_what_is_no_disk(runtime: Runtime, path: str, words: str) -> None:
     assert path in done.stderr
     assert words in done.stderr
     assert "c1" not in sandboxes(runtime)
+
+
+def test_a_host_without_space(root: Path, tmp_path: Path, content: Path) -> None:
+    """Who writes hears of it; the machine goes on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small], check=True)
+    try:
+        image = make_image(small / "image", content)
+        script = (
+            "dd if=/dev/zero of=/root/much bs=1M count=40 conv=fsync 2>/dev/null; echo $?; date +%Y | wc -l"
+        )
+        done = configured(root, tmp_path, cloned=True)(
+            "run", "--rootfs", str(image), "c1", "sh", "-c", script
+        )
+        assert done == Result(0, "1\n1\n", SLOW)
+    finally:
+        subprocess.run(["umount", small], check=True)
