@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,10 @@ def opened(path: str | Path, *, readonly: bool = False) -> Iterator[Backing]:
     is_device = Path(path).is_block_device()
     flags = os.O_RDONLY if readonly else os.O_RDWR
     descriptor = os.open(path, flags | (os.O_EXCL if is_device else 0))
-    yield Backing(descriptor, is_device, readonly)
-    os.close(descriptor)
+    try:
+        yield Backing(descriptor, is_device, readonly)
+    finally:
+        os.close(descriptor)
 
 
 async def nodes(vm: Machine) -> list[dict[str, Any]]:
@@ -60,13 +62,29 @@ async def nodes(vm: Machine) -> list[dict[str, Any]]:
 async def unchanged(vm: Machine) -> AsyncIterator[None]:
     """Check that QEMU has in the end what it had before, sets of descriptors included.
 
-    Only one whose machine runs closes what it was lent; what the firmware does meanwhile is its own business.
+    Only one whose machine runs closes what it was lent. What the firmware does meanwhile is its own business:
+    the devices that it uses have event descriptors.
     """
     await vm.monitor.execute("cont")
-    before = {**await vm.devices(), "pci": await vm.query("query-fdsets")}
+    before = await held(vm)
     yield
-    assert {**await vm.devices(), "pci": await vm.query("query-fdsets")} == before
+    assert await held(vm) == before
     assert await nodes(vm) == []
+
+
+async def held(vm: Machine) -> dict[str, Any]:
+    """What QEMU has, but for what its firmware makes of it."""
+    fds = files(vm.process.pid)
+    return {**await vm.devices(), "pci": await vm.query("query-fdsets"), "fds": fds}
+
+
+def files(pid: int) -> list[str]:
+    """What a process has open, but for event descriptors."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return sorted(one for one in found if one != "anon_inode:[eventfd]")
 
 
 async def with_controller(vm: Machine) -> None:
