@@ -108,6 +108,8 @@ def make_read_only_in(process: int, target: str) -> None:
                 os.close(root)
             make_read_only(target)
             ended.append(None)
+        except OSError as error:
+            ended.append(ShimError("internal", f"mount {target} read only: {error.strerror}"))
         except BaseException as error:
             ended.append(error)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TypeVar
 
 from kata_shim.errors import ShimError
 from kata_shim.qemu.devices import Device, Value
@@ -19,7 +18,6 @@ from kata_shim.qemu.topology import Slot
 CONTROLLER = "scsi"  # its id; its bus is CONTROLLER.0
 MAX_DISKS = 256  # virtio-scsi's targets
 _LOOK = 0.005  # seconds between two attempts to close what a device is about to let go of
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +114,6 @@ async def plug_disk(
         raise
 
 
-async def keep_plugged(monitor: Monitor, device: Device, found: asyncio.Future[T]) -> T:
-    """Await `found`, which ends when the guest has found the new PCI device; return what it does.
-
-    One that the guest takes away meanwhile is plugged in again: why it might, hotplug.keep_plugged tells.
-    """
-    guarding = asyncio.create_task(_plug_again(monitor, device))
-    try:
-        return await found
-    finally:
-        guarding.cancel()
-        await asyncio.gather(guarding, return_exceptions=True)
-
-
 async def unplug_disk(
     monitor: Monitor, number: int, *, timeout: float = UNPLUG_TIMEOUT, answer_timeout: float = COMMAND_TIMEOUT
 ) -> None:
@@ -166,14 +151,3 @@ async def _close(monitor: Monitor, number: int, answer_timeout: float) -> None:
             if "is in use" not in error.message:
                 raise
         await asyncio.sleep(_LOOK)
-
-
-async def _plug_again(monitor: Monitor, device: Device) -> None:
-    """Plug the device in whenever it is gone, for ever; its node must be there."""
-    async with monitor.events(
-        "DEVICE_DELETED", accept=lambda data: data.get("device") == device.id
-    ) as events:
-        while True:
-            if not await device_present(monitor, device.id):
-                await monitor.execute("device_add", device.arguments)
-            await events.next()

@@ -60,6 +60,12 @@ class NicNames:
         return f"vhost{queue}-{self.device}"
 
 
+def card_in(slot: Slot, mac: str, queues: int, *, msix: bool = True) -> Device:
+    """The virtio network card of `slot`."""
+    names = NicNames(slot)
+    return virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
+
+
 async def plug_nic(
     monitor: Monitor,
     slot: Slot,
@@ -80,7 +86,7 @@ async def plug_nic(
     """
     names = NicNames(slot)
     queues = len(backend.fds) if isinstance(backend, Tap) else backend.queues
-    card = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
+    card = card_in(slot, mac, queues, msix=msix)
     try:
         if isinstance(backend, Tap):
             netdev = await _pass_tap(monitor, names, backend, answer_timeout)
@@ -102,17 +108,15 @@ async def plug_nic(
         raise
 
 
-async def keep_plugged(
-    monitor: Monitor, slot: Slot, mac: str, queues: int, found: asyncio.Task[T], *, msix: bool = True
-) -> T:
-    """Await `found`, which ends when the guest has found the new card in `slot`; return what it does.
+async def keep_plugged(monitor: Monitor, device: Device, found: asyncio.Future[T]) -> T:
+    """Await `found`, which ends when the guest has found the new PCI device; return what it does.
 
-    A card that the guest takes away meanwhile is plugged in again. A guest that is to let go of several
+    One that the guest takes away meanwhile is plugged in again. A guest that is to let go of several
     devices is told so more than once (every ACPI hotplug event repeats what is still to be ejected:
     docs/specs/acpi_pci_hotplug.rst) and may eject what was plugged in since. That comes before it looks for
-    the new card, so one that it has found stays. Raises as Monitor.execute and `found`.
+    the new device, so one that it has found stays. Raises as Monitor.execute and `found`.
     """
-    guarding = asyncio.create_task(_plug_again(monitor, slot, mac, queues, msix))
+    guarding = asyncio.create_task(_plug_again(monitor, device))
     try:
         await asyncio.wait((found, guarding), return_when=asyncio.FIRST_COMPLETED)
         if not found.done():
@@ -147,11 +151,6 @@ async def drop_lost_tap(monitor: Monitor, slot: Slot, *, timeout: float = COMMAN
             raise
 
 
-async def nic_present(monitor: Monitor, slot: Slot) -> bool:
-    """Whether QEMU has a card in `slot`, be it one that the guest was asked to let go of."""
-    return await device_present(monitor, NicNames(slot).device)
-
-
 async def device_present(monitor: Monitor, name: str) -> bool:
     """Whether QEMU has a device of that id, be it one that the guest was asked to let go of."""
     try:
@@ -165,16 +164,14 @@ async def device_present(monitor: Monitor, name: str) -> bool:
     return True
 
 
-async def _plug_again(monitor: Monitor, slot: Slot, mac: str, queues: int, msix: bool) -> None:
-    """Plug the card in whenever it is gone, for ever; its back end must be there."""
-    names = NicNames(slot)
-    card = virtio_net(names.device, names.netdev, mac, slot.bus, slot.addr, queues, msix)
+async def _plug_again(monitor: Monitor, device: Device) -> None:
+    """Plug the device in whenever it is gone, for ever; what stands behind it must be there."""
     async with monitor.events(
-        "DEVICE_DELETED", accept=lambda data: data.get("device") == names.device
+        "DEVICE_DELETED", accept=lambda data: data.get("device") == device.id
     ) as events:
         while True:
-            if not await nic_present(monitor, slot):
-                await monitor.execute("device_add", card.arguments)
+            if not await device_present(monitor, device.id):
+                await monitor.execute("device_add", device.arguments)
             await events.next()
 
 

@@ -10,6 +10,7 @@ from kata_shim.config import Hypervisor
 from kata_shim.errors import ShimError
 from kata_shim.qemu import blockdev
 from kata_shim.qemu.devices import Device
+from kata_shim.qemu.hotplug import keep_plugged
 from kata_shim.qemu.monitor import COMMAND_TIMEOUT
 from kata_shim.qemu.topology import Slot
 
@@ -63,7 +64,7 @@ class Disks:
         """Await `found`, which ends when the guest has found the disk; it stays plugged in until then."""
         if disk.slot is None:
             return await found
-        return await blockdev.keep_plugged(self._machine.monitor, disk.device, found)
+        return await keep_plugged(self._machine.monitor, disk.device, found)
 
     async def unplug(self, disk: Disk) -> None:
         """Take a disk away; raises ShimError when the guest keeps it, and its number and slot stay taken."""

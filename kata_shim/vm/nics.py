@@ -42,9 +42,8 @@ class Nics:
         try:
             await self._plug_either(interface, slot)
             msix = await self._msix(interface)
-            await hotplug.keep_plugged(
-                self._machine.monitor, slot, interface.hw_addr, interface.queue_pairs, found, msix=msix
-            )
+            card = hotplug.card_in(slot, interface.hw_addr, interface.queue_pairs, msix=msix)
+            await hotplug.keep_plugged(self._machine.monitor, card, found)
         except ShimError as error:
             raise await self._machine.explain(error) from None
         finally:

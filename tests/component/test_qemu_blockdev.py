@@ -15,14 +15,13 @@ from kata_shim.qemu.blockdev import (
     Backing,
     Cache,
     controller,
-    keep_plugged,
     plug_controller,
     plug_disk,
     scsi_disk,
     unplug_disk,
     virtio_disk,
 )
-from kata_shim.qemu.hotplug import StuckDeviceError, device_present
+from kata_shim.qemu.hotplug import StuckDeviceError, device_present, keep_plugged
 from kata_shim.qemu.monitor import CommandError, Events
 from tests.component.qemu_machine import Machine, machine
 from tests.disks import MIB, is_free, loop_device

@@ -13,7 +13,7 @@ import pytest
 
 from kata_shim.errors import ShimError
 from kata_shim.qemu import vhost_user
-from kata_shim.qemu.hotplug import NicNames, StuckDeviceError, nic_present, plug_nic, unplug_nic
+from kata_shim.qemu.hotplug import NicNames, StuckDeviceError, device_present, plug_nic, unplug_nic
 from kata_shim.qemu.monitor import CommandError
 from kata_shim.qemu.tap import open_tap
 from tests.component.qemu_machine import Machine, machine
@@ -87,10 +87,10 @@ async def test_a_tap_card_comes_and_goes(tmp_path: Path, machine_type: str, queu
         slot = vm.topology.allocate()
         with open_tap("t-plug", queues) as tap:
             await plug_nic(vm.monitor, slot, MAC, tap)
-        assert await nic_present(vm.monitor, slot)
+        assert await device_present(vm.monitor, NicNames(slot).device)
         assert exists("t-plug")
         await take_away(vm, slot.path)
-        assert not await nic_present(vm.monitor, slot)
+        assert not await device_present(vm.monitor, NicNames(slot).device)
         assert not exists("t-plug")
 
 
@@ -125,7 +125,7 @@ async def test_a_guest_that_keeps_the_device(tmp_path: Path) -> None:
             ) as caught:
                 await unplug_nic(vm.monitor, slot, timeout=0.1)
             assert caught.value.code == "deadline-exceeded"
-            assert await nic_present(vm.monitor, slot)
+            assert await device_present(vm.monitor, NicNames(slot).device)
         await take_away(vm, slot.path)
 
 

@@ -214,7 +214,7 @@ async def ejected(step: Step) -> Any:
     monitor = step.live.monitor
     slot = step.live.sandbox.record.nics[-1].slot
     device = hotplug.NicNames(slot).device
-    while not await hotplug.nic_present(monitor, slot):
+    while not await hotplug.device_present(monitor, hotplug.NicNames(slot).device):
         pass  # the guest's agent is asked before the card is plugged
     async with monitor.events("DEVICE_DELETED") as events:
         await type(monitor).execute(monitor, "device_del", {"id": device})
