@@ -107,10 +107,10 @@ async def plug_disk(
             raise
         try:
             await run_to_end(_unplug(monitor, number, UNPLUG_TIMEOUT, answer_timeout))
-        except StuckDeviceError as stuck:
-            raise StuckDeviceError(f"{error or 'cancelled'}; taking it back: {stuck}") from error
-        except ShimError:
-            pass  # QEMU itself is gone; the first error tells more
+        except ShimError as kept:
+            if kept.code == "deadline-exceeded":  # be it the guest or QEMU that has kept it
+                raise StuckDeviceError(f"{error or 'cancelled'}; taking it back: {kept}") from error
+            # QEMU itself is gone; the first error tells more.
         raise
 
 

@@ -11,13 +11,16 @@ from kata_shim.errors import ShimError
 from kata_shim.qemu import blockdev
 from kata_shim.qemu.devices import Device
 from kata_shim.qemu.hotplug import keep_plugged
-from kata_shim.qemu.monitor import COMMAND_TIMEOUT
+from kata_shim.qemu.monitor import COMMAND_TIMEOUT, run_to_end
 from kata_shim.qemu.topology import Slot
 
 if TYPE_CHECKING:
     from kata_shim.vm.machine import Machine
 
 _T = TypeVar("_T")
+# What helps where there is no room for one disk more.
+_WITHOUT = "set disable_block_device_use = true, which has the host mount and share it, for the next sandbox"
+_FEWER = 'set block_device_driver = "virtio-scsi", of which all disks take one slot, for the next sandbox'
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,13 @@ class Disks:
         return await keep_plugged(self._machine.monitor, disk.device, found)
 
     async def unplug(self, disk: Disk) -> None:
-        """Take a disk away; raises ShimError when the guest keeps it, and its number and slot stay taken."""
+        """Take a disk away; raises ShimError when the guest keeps it, and its number and slot stay taken.
+
+        Once begun it runs to its end, whatever becomes of the caller.
+        """
+        await run_to_end(self._unplug(disk))
+
+    async def _unplug(self, disk: Disk) -> None:
         if not self._machine.gone.done():
             await blockdev.unplug_disk(
                 self._machine.monitor,
@@ -103,16 +112,24 @@ class Disks:
         number = next((one for one in turn if one not in self._taken), -1)
         self._next = (number + 1) % blockdev.MAX_DISKS
         if number < 0:
-            raise ShimError("resource-exhausted", f"more than {blockdev.MAX_DISKS} disks in one sandbox")
+            text = f"more than {blockdev.MAX_DISKS} disks in one sandbox; {_WITHOUT}"
+            raise ShimError("resource-exhausted", text)
         if self._by_pci:
-            slot = self._machine.topology.allocate(last=True)
+            slot = self._allocate()
             return Disk(number, "blk", slot.path, blockdev.virtio_disk(number, slot), slot)
         if self._controller is None:
-            self._controller = blockdev.controller(self._machine.topology.allocate(last=True))
+            self._controller = blockdev.controller(self._allocate())
         await blockdev.plug_controller(
             self._machine.monitor, self._controller, answer_timeout=self._answer_timeout
         )
         return Disk(number, "scsi", f"{number}:0", blockdev.scsi_disk(number))
+
+    def _allocate(self) -> Slot:
+        try:
+            return self._machine.topology.allocate(last=True)
+        except ShimError as error:
+            other = _FEWER if self._by_pci else _WITHOUT
+            raise ShimError(error.code, f"{error.message}; or {other}") from None
 
     def _free(self, disk: Disk) -> None:
         self._taken.discard(disk.number)

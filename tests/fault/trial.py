@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from kata_shim.contract.interface import Address, Interface, render_failed_delete
 from kata_shim.errors import ShimError
@@ -80,7 +80,15 @@ async def delete_nic(sandbox: Live, name: str) -> None:
     reset_tap()
 
 
-async def same(sandbox: Live, before: dict[str, Any], when: str) -> None:
+class HasWorld(Protocol):
+    """Something with a world that should be the same in the end."""
+
+    async def world(self) -> dict[str, Any]:
+        """Return what can change."""
+        ...
+
+
+async def same(sandbox: HasWorld, before: dict[str, Any], when: str) -> None:
     """Compare the world with what it was."""
     now = await sandbox.world()
     different = {key: (before[key], now[key]) for key in now if now[key] != before[key]}
