@@ -36,6 +36,7 @@ from kata_shim.qemu import cmdline
 from kata_shim.qemu.cmdline import MachineSpec
 from kata_shim.qemu.monitor import run_to_end
 from kata_shim.qemu.process import kill_by_log
+from kata_shim.vm import rehearsal
 from kata_shim.vm.machine import Saved
 
 MOST = 4  # templates kept: each holds what its guest touched, about 100 MiB
@@ -64,7 +65,9 @@ def identify(spec: MachineSpec) -> Identity:
 
     Raises ShimError `failed-precondition` for a file that is not there.
     """
-    files = {path: _mark(path) for path in (spec.path, spec.kernel, spec.initrd, spec.firmware) if path}
+    # What is done in the guest before it is saved is part of what is saved.
+    used = (spec.path, spec.kernel, spec.initrd, spec.firmware, rehearsal.__file__)
+    files = {path: _mark(path) for path in used if path}
     argv = cmdline.build(replace(spec, memory_path="memory", shared_memory=True))
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     text = orjson.dumps([__version__, boot, argv, files])

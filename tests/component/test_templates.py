@@ -19,6 +19,7 @@ from kata_shim.factory import copying
 from kata_shim.factory.template import Identity, Templates, identify
 from kata_shim.qemu.cmdline import MachineSpec
 from kata_shim.qemu.topology import Topology
+from kata_shim.vm import rehearsal
 
 pytestmark = pytest.mark.quick
 
@@ -307,6 +308,7 @@ def test_a_changed_file_is_another_identity(tmp_path: Path) -> None:
     status = file.stat()
     times = (status.st_atime_ns, status.st_mtime_ns)
     seen = [identify(spec)]
+    assert set(seen[0].files) == {spec.path, str(file), rehearsal.__file__}
     assert identify(replace(spec, shared_memory=False, memory_path="/x")) == seen[0]
     os.utime(file, ns=times)
     seen.append(identify(spec))
