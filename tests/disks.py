@@ -20,10 +20,10 @@ def make_image(path: Path, content: Path, size: int = 64 * MIB) -> Path:
 
 
 @contextmanager
-def loop_device(image: Path) -> Iterator[str]:
+def loop_device(image: Path, *flags: str) -> Iterator[str]:
     """Show a file as a block device, which in the end must be nobody's."""
     shown = subprocess.run(
-        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+        ["losetup", *flags, "--find", "--show", image], check=True, capture_output=True, text=True
     ).stdout.strip()
     try:
         yield shown
@@ -35,7 +35,7 @@ def loop_device(image: Path) -> Iterator[str]:
 def is_free(device: str) -> bool:
     """Whether nobody has a block device: neither the host, mounted, nor a QEMU."""
     try:
-        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
     except OSError:
         return False
     return True

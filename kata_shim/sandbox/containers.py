@@ -264,6 +264,11 @@ class Containers:
                 if process.stop(KILLED):
                     self.tell("exit", process)
 
+    async def finish(self) -> None:
+        """Create nothing any more, and have what was written reach the disks: the machine is to end."""
+        self._is_closed = True
+        await self._disks.flush(self._discard)
+
     async def close(self) -> None:
         """Let go of everything; nothing is created any more."""
         self._is_closed = True

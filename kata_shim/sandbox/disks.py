@@ -12,24 +12,27 @@ import fcntl
 import glob
 import os
 import stat
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from kata_shim import log
 from kata_shim.agent_containers import disk as storage_of
 from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import agent_pb2
 from kata_shim.qemu.blockdev import Backing
+from kata_shim.qemu.monitor import run_to_end
 from kata_shim.quoting import quoted
 from kata_shim.sandbox.shares import Mount
 from kata_shim.vm.disks import Disk
 from kata_shim.vm.disks import Disks as MachineDisks
 
 DIRECTORY = "/run/kata-containers/sandbox/disks"  # in the guest
+FLUSH_TIMEOUT = 5.0  # seconds that a sandbox's end waits for what its guest has not written yet
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs")  # of a disk of its own: btrfs mounts a part of what is shared
 _EXT_MAGIC_AT, _EXT_MAGIC = 0x438, b"\x53\xef"  # the kernel's fs/ext4/ext4.h: s_magic
 _XFS_MAGIC = b"XFSB"  # fs/xfs/libxfs/xfs_format.h
 _HEAD = 4096  # bytes
+_BLKROGET = 0x125E  # include/uapi/linux/fs.h
 
 
 class Disks:
@@ -57,7 +60,7 @@ class Disks:
         if not path or self._machine is None:
             return []
         fstype, source, options = rootfs[0]
-        with _opened(source, options) as backing:
+        async with _opened(source, options) as backing:
             disk = self._disks[container_id] = await self._machine.plug(backing)
         options = [*(one for one in options if one != "loop"), "nodev"]
         return [storage_of(disk.driver, disk.source, path, fstype, options, self._machine.patience)]
@@ -71,6 +74,15 @@ class Disks:
         else:
             await self._machine.keep(disk, task)
 
+    async def flush(self, discard: Callable[[str], Awaitable[None]]) -> None:
+        """Have the guest `discard` each container with a disk, which writes all that the disk is to have.
+
+        A guest that does not within FLUSH_TIMEOUT is waited for no longer.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                await asyncio.gather(*map(discard, self._disks))
+
     async def release(self, container_id: str) -> None:
         """Take a container's disk away; one that the guest keeps is free when the sandbox ends."""
         disk = self._disks.pop(container_id, None)
@@ -82,15 +94,30 @@ class Disks:
             log.warning("a disk stays until the sandbox ends", id=container_id, error=error.message)
 
 
-@contextmanager
-def _opened(source: str, options: Sequence[str]) -> Iterator[Backing]:
+@asynccontextmanager
+async def _opened(source: str, options: Sequence[str]) -> AsyncIterator[Backing]:
     """Open a block device, or with the option `loop` an image file, for nobody else; raises ShimError."""
-    readonly = "ro" in options
-    flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC
+    # A device whose other end is far away may let its opener wait; nobody else is to wait with it.
+    backing = await run_to_end(asyncio.to_thread(_open, source, options))
+    try:
+        yield backing
+    finally:
+        os.close(backing.fd)
+
+
+def _open(source: str, options: Sequence[str]) -> Backing:
+    readonly, loop = "ro" in options, "loop" in options
     where = f"rootfs: source: {quoted(source)}"
     try:
-        is_device = _is_device(source, where, loop="loop" in options)
-        descriptor = os.open(source, flags | (os.O_EXCL if is_device else 0))
+        with _found(source) as (found, mode):
+            is_device = stat.S_ISBLK(mode)
+            if not is_device and not (loop and stat.S_ISREG(mode)):
+                hint = "; an image file needs the option loop" if stat.S_ISREG(mode) else ""
+                raise invalid(f"{where}: not a block device{hint}")
+            if not readonly and _is_read_only(found, mode):
+                raise ShimError("failed-precondition", f"{where}: for reading only; it needs the option ro")
+            flags = (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_EXCL if is_device else 0)
+            descriptor = _reopen(found, flags)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise _busy(where) from None
@@ -99,20 +126,38 @@ def _opened(source: str, options: Sequence[str]) -> Iterator[Backing]:
     try:
         if not is_device:
             _claim_file(descriptor, where, readonly=readonly)
-        yield Backing(descriptor, is_device, readonly)
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return Backing(descriptor, is_device, readonly)
 
 
-def _is_device(source: str, where: str, *, loop: bool) -> bool:
-    mode = os.stat(source).st_mode
-    if stat.S_ISBLK(mode):
-        return True
-    if not stat.S_ISREG(mode):
-        raise invalid(f"{where}: not a block device")
-    if not loop:
-        raise invalid(f"{where}: not a block device; an image file needs the option loop")
-    return False
+@contextmanager
+def _found(path: str) -> Iterator[tuple[int, int]]:
+    """Yield a descriptor that only names a file, and its mode: what is opened by way of it is the same file.
+
+    To open it would be a request to some devices, and has a FIFO's opener wait.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield found, os.fstat(found).st_mode
+    finally:
+        os.close(found)
+
+
+def _reopen(found: int, flags: int) -> int:
+    return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _is_read_only(found: int, mode: int) -> bool:
+    """Whether a device, or the file system of a file, takes no writing."""
+    if not stat.S_ISBLK(mode):
+        return bool(os.statvfs(found).f_flag & os.ST_RDONLY)
+    device = _reopen(found, os.O_RDONLY)
+    try:
+        return any(fcntl.ioctl(device, _BLKROGET, bytes(4)))
+    finally:
+        os.close(device)
 
 
 def _claim_file(descriptor: int, where: str, *, readonly: bool) -> None:
@@ -135,14 +180,16 @@ def _busy(where: str) -> ShimError:
 def mount_of(path: str) -> list[Mount]:
     """Return the mount of a root file system that is given as a block device or image file; else none.
 
-    Raises ShimError for a file system that is not one of FILE_SYSTEMS.
+    One that is for reading only is mounted so. Raises ShimError for a file system that is not one of
+    FILE_SYSTEMS.
     """
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
-            return []
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(_HEAD)
+        with _found(path) as (found, mode):
+            if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
+                return []
+            readonly = _is_read_only(found, mode)
+            with open(_reopen(found, os.O_RDONLY), "rb", buffering=0) as file:
+                head = file.read(_HEAD)
     except OSError as error:
         raise ShimError("not-found", f"rootfs: {quoted(path)}: {error.strerror}") from None
     if head.startswith(_XFS_MAGIC):
@@ -151,4 +198,5 @@ def mount_of(path: str) -> list[Mount]:
         fstype = "ext4"  # which mounts ext2 and ext3, too
     else:
         raise invalid(f"rootfs: {quoted(path)}: no directory, and no file system of ext2, ext3, ext4 or xfs")
-    return [(fstype, path, ["rw"] if stat.S_ISBLK(mode) else ["rw", "loop"])]
+    options = ["ro" if readonly else "rw", *([] if stat.S_ISBLK(mode) else ["loop"])]
+    return [(fstype, path, options)]

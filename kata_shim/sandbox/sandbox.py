@@ -264,6 +264,8 @@ class Sandbox:
 
     async def _clear_all(self) -> None:
         if self._machine is not None:
+            if self._containers is not None and not self._machine.gone.done():
+                await self._containers.finish()
             await self._machine.kill()
         await self._kill_strays()
         await self._file.close()

@@ -175,6 +175,21 @@ async def test_read_only(device: str, shim: Shim) -> None:
     assert [flags & os.O_ACCMODE for flags in descriptors(qemu, device)] == [os.O_RDONLY]
 
 
+async def test_a_device_for_reading_only(shim: Shim, tmp_path: Path, content: Path) -> None:
+    with loop_device(make_image(tmp_path / "image", content), "--read-only") as shown:
+        words = "for reading only; it needs the option ro"
+        refused = ("failed-precondition", f'rootfs: source: "{shown}": {words}')
+        assert await shim.refused(ext4(shown), *WRITE) == refused
+        assert await shim.run(ext4(shown, "ro"), *WRITE) == (3, "")
+
+
+async def test_a_fifo_lets_nobody_wait(shim: Shim, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for options in ((), ("ro",), ("loop",)):
+        code, message = await shim.refused(ext4(tmp_path / "fifo", *options), *WRITE)
+        assert (code, message.rpartition(": ")[2]) == ("invalid-argument", "not a block device")
+
+
 async def test_an_image_as_blockfile_has_it(shim: Shim, tmp_path: Path, content: Path) -> None:
     image = make_image(tmp_path / "image", content)
     assert await shim.run(ext4(image, "loop"), *WRITE) == (3, "content\n")

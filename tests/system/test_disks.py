@@ -105,6 +105,14 @@ def test_an_image_file(runtime: Runtime, image: Path) -> None:
     assert read(image, "/root/file") == "content\n"
 
 
+def test_a_device_for_reading_only(runtime: Runtime, image: Path) -> None:
+    """It is the container's for reading only."""
+    with loop_device(image, "--read-only") as shown:
+        done = runtime("run", "--rootfs", shown, "c1", "sh", "-c", f"{ROOT}; {WRITE}")
+        assert (done.status, done.stdout) == (5, "/dev/sda ext4\n")
+        assert "/root/file: Read-only file system" in done.stderr
+
+
 def test_xfs(runtime: Runtime, tmp_path: Path, content: Path) -> None:
     """What the guest knows of it beyond ext4; its files are put there by hand."""
     image = tmp_path / "xfs"
@@ -193,6 +201,19 @@ def test_an_image_is_one_containers(runtime: Runtime, image: Path) -> None:
     with loop_device(image) as shown:
         done = runtime("run", "--rootfs", str(image), "c3", "true")
         assert f"{shown.removeprefix('/dev/')} is made of it: in use" in done.stderr
+
+
+def test_what_was_written_outlives_a_delete_by_force(detached: Guest, device: str) -> None:
+    assert detached.run("sh", "-c", "echo content > /root/file").status == 0
+    assert detached.runtime("delete", "--force", "c2") == Result(0, "", "")
+    assert is_clean(device)
+    assert read(device, "/root/file") == "content\n"
+
+
+def test_a_machine_that_stands_still_is_deleted_without(detached: Guest, device: str) -> None:
+    os.kill(qemu(detached.runtime, "c2"), signal.SIGSTOP)
+    assert detached.runtime("delete", "--force", "c2") == Result(0, "", "")
+    assert is_free(device)
 
 
 @pytest.mark.parametrize("who", ["shim", "qemu"])
