@@ -33,11 +33,13 @@ _CLEARED = {"rw": 0x1, "suid": 0x2, "dev": 0x4, "exec": 0x8, "async": 0x10, "ati
 _NOTHING = ("defaults", "loop")
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 # include/uapi/asm-generic/unistd.h: the same on every architecture
-_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE, _MOVE_MOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 437, 442
+_RESOLVE_NO_MAGICLINKS = 2  # include/uapi/linux/openat2.h
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NODEV = 1, 4
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000  # include/uapi/linux/fcntl.h
 
+_OPEN_TREE_FLAGS = _OPEN_TREE_CLONE | _AT_RECURSIVE | _AT_EMPTY_PATH | os.O_CLOEXEC
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000  # include/uapi/linux/sched.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -65,14 +67,27 @@ def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) ->
         _mount(source, target, fstype, flags, ",".join(data))
 
 
-def share(source: str, target: str, *, readonly: bool) -> None:
-    """Mount `source`, with all that is mounted below it, on `target`, where no device can be opened.
+def find(path: str) -> int:
+    """Return a descriptor that only names a file (O_PATH), whoever changes its path from now on.
+
+    Links are followed, but none of /proc's own, which lead to what some process has open: OSError, ELOOP.
+    """
+    how = struct.pack("3Q", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_NO_MAGICLINKS)  # struct open_how
+    number, size = ctypes.c_long(_OPENAT2), ctypes.c_long(len(how))
+    descriptor: int = _libc.syscall(number, ctypes.c_long(_AT_FDCWD), os.fsencode(path), how, size)
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    return descriptor
+
+
+def share(source: int, target: str, *, readonly: bool) -> None:
+    """Mount what a descriptor names (`find`) and all that is mounted below it; no device can be opened there.
 
     What is read only is so with everything below it, and before anybody can see it. No mount from below
     `target` appears elsewhere, nor elsewhere's there. Raises ShimError as `mount`.
     """
-    where = f"mount {source} on {target}"
-    tree = _call(where, _OPEN_TREE, _AT_FDCWD, source, _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC)
+    where = f"mount {os.readlink(f'/proc/self/fd/{source}')} on {target}"
+    tree = _call(where, _OPEN_TREE, source, "", _OPEN_TREE_FLAGS)
     try:
         wanted = _MOUNT_ATTR_NODEV | (_MOUNT_ATTR_RDONLY if readonly else 0)
         _set(where, tree, "", wanted, MS_PRIVATE)

@@ -216,6 +216,11 @@ def _namespaces(given: list[Json]) -> tuple[list[Json], bool]:
     return kept, shares_pids
 
 
+def is_of_the_system(path: str) -> bool:
+    """Return whether a plain path is that of /proc, /sys or /dev, or below it: the guest has its own."""
+    return any(f"{path}/".startswith(f"{name}/") for name in _OF_THE_SYSTEM)
+
+
 def _is_bind(mount: Json) -> bool:
     options = mount.get("options") or []
     return mount.get("type") == "bind" or "bind" in options or "rbind" in options
@@ -233,8 +238,7 @@ def _mount(mount: Json, share: Share) -> Json | None:
     source = str(mount.get("source", ""))
     if not source.startswith("/"):
         raise invalid(f"config.json: mounts: source: {quoted(source)} is not absolute")
-    plain = "/" + os.path.normpath(source).lstrip("/")
-    if any(f"{plain}/".startswith(f"{name}/") for name in _OF_THE_SYSTEM):
+    if is_of_the_system("/" + os.path.normpath(source).lstrip("/")):
         return None
     options = [one for one in options if one not in _PROPAGATION]
     return {

@@ -10,13 +10,15 @@ Nothing is removed from below a mount: first all are gone, then directories that
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kata_shim import mounts
+from kata_shim.contract import oci
 from kata_shim.errors import invalid
 from kata_shim.quoting import quoted
 from kata_shim.vm import shared
@@ -48,7 +50,9 @@ class Shares:
         for fstype, source, options in wanted:
             # Not where the guest sees it: it is to see nothing that is not as it shall be.
             mounts.mount(source, str(target), fstype, options)
-        shown = self._show(container_id, str(target if wanted else own), target.name, readonly=False)
+        source = str(target if wanted else own)
+        with _found(source, "root: path") as found:
+            shown = self._show(container_id, found, target.name, readonly=False)
         mounts.unmount(str(target))
         return shown
 
@@ -63,20 +67,20 @@ class Shares:
         directory = self._points / container_id
         directory.mkdir(mode=0o700, exist_ok=True)
         target = directory / str(len(os.listdir(directory)))
-        try:
-            mode = os.stat(source).st_mode
-        except OSError as error:
-            raise invalid(f"config.json: mounts: source: {quoted(source)}: {error.strerror}") from None
-        if stat.S_ISDIR(mode):
-            target.mkdir()
-        elif stat.S_ISREG(mode):
-            target.touch()
-        else:
-            text = f"config.json: mounts: source: {quoted(source)} is neither a file nor a directory"
-            raise invalid(text)
-        return self._show(container_id, source, target.name, readonly=readonly)
+        with _found(source, "mounts: source") as found:
+            mode, real = os.fstat(found).st_mode, os.readlink(f"/proc/self/fd/{found}")
+            where = f"config.json: mounts: source: {quoted(source)}"
+            if oci.is_of_the_system(real):
+                raise invalid(f"{where} leads to {quoted(real)}; the guest has its own")
+            if stat.S_ISDIR(mode):
+                target.mkdir()
+            elif stat.S_ISREG(mode):
+                target.touch()
+            else:
+                raise invalid(f"{where} is neither a file nor a directory")
+            return self._show(container_id, found, target.name, readonly=readonly)
 
-    def _show(self, container_id: str, source: str, name: str, *, readonly: bool) -> str:
+    def _show(self, container_id: str, source: int, name: str, *, readonly: bool) -> str:
         mounts.share(source, f"{self._guest}/{container_id}/{name}", readonly=readonly)
         return f"{GUEST_DIRECTORY}/{container_id}/{name}"
 
@@ -85,6 +89,22 @@ class Shares:
         for directory in (self._guest, self._points):
             shared.release(directory / container_id)
         _remove(self._points / container_id)
+
+
+@contextmanager
+def _found(path: str, field: str) -> Iterator[int]:
+    """Find what is to be shared: what is looked at is what is mounted, whoever changes links meanwhile."""
+    try:
+        descriptor = mounts.find(path)
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.ELOOP:
+            why = "a loop of links, or one of /proc's own, which lead to what a process has open"
+        raise invalid(f"config.json: {field}: {quoted(path)}: {why}") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _remove(directory: Path) -> None:

@@ -29,7 +29,11 @@ def prepare(directory: Path, *, propagate: bool = False) -> str:
     for path in (points, guest):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     release(guest)  # of a machine that did not come up
-    mounts.share(str(points), str(guest), readonly=True)
+    source = mounts.find(str(points))
+    try:
+        mounts.share(source, str(guest), readonly=True)
+    finally:
+        os.close(source)
     if propagate:
         mounts.propagate(str(guest))
     return str(guest)

@@ -206,6 +206,35 @@ async def test_a_mount_of_what_cannot_be_shared(shim: Shim, source: str) -> None
     assert "mounts" in message
 
 
+@pytest.mark.parametrize(
+    ("leads", "words"),
+    [
+        ("/proc/self/root/etc", "or one of /proc's own"),
+        ("/proc/self/exe", "or one of /proc's own"),
+        ("/proc/sys/kernel", 'leads to "/proc/sys/kernel"; the guest has its own'),
+        ("/sys", 'leads to "/sys"; the guest has its own'),
+        ("/nowhere", "No such file or directory"),
+    ],
+)
+async def test_a_mount_of_a_link_to_what_is_the_hosts(shim: Shim, leads: str, words: str) -> None:
+    """A link in a volume, which whoever could write there has put: the shim has files of its own open."""
+    source = shim.caller.directory / "c" / "link"
+    mount = {"destination": "/mnt", "type": "bind", "source": str(source)}
+    bundle = shim.caller.bundle("c", str(shim.rootfs), mounts=[mount])
+    source.symlink_to(leads)
+    code, message = await shim.refused("Create", id="c", bundle=str(bundle))
+    assert (code, words in message) == ("invalid-argument", True), message
+    assert f'config.json: mounts: source: "{source}"' in message
+
+
+@pytest.mark.parametrize("path", ["/proc/self/cwd", "/proc/self/root/bin"])
+async def test_a_root_by_a_link_of_procs_own(shim: Shim, path: str) -> None:
+    bundle = shim.caller.bundle("c", path)
+    code, message = await shim.refused("Create", id="c", bundle=str(bundle))
+    assert code == "invalid-argument"
+    assert f'config.json: root: path: "{path}": a loop of links, or one of /proc' in message
+
+
 async def test_cve_2020_27151_annotations_choose_no_program(shim: Shim, tmp_path: Path) -> None:
     """Nor anything else of the host's: a sandbox is as its configuration.toml says."""
     program = tmp_path / "program"
