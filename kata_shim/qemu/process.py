@@ -98,7 +98,7 @@ class Process:
 
 def spawn(
     argv: Sequence[str],
-    log: Path,
+    log: Path | int,
     pass_fds: Sequence[int] = (),
     *,
     dies_with_us: bool = False,
@@ -106,7 +106,7 @@ def spawn(
     capabilities: str = FOR_FILES,
     field: str = "path",
 ) -> Process:
-    """Start a program in a session of its own, its output going to the end of `log`.
+    """Start a program in a session of its own, its output going to the end of `log`, or to that descriptor.
 
     `pass_fds` keep their numbers and are all it inherits. It has these `capabilities` at most, and can gain
     none. It survives us unless `dies_with_us`. Without `huge_pages` it is given none, even where it asks for
@@ -119,7 +119,9 @@ def spawn(
         raise ShimError("failed-precondition", "setpriv (Debian package util-linux) is not installed")
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_DUP2, log, 1)
+        if isinstance(log, int)
+        else (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
         # Onto itself: that clears close-on-exec (POSIX.1-2024, glibc since 2.29).
         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),
@@ -175,9 +177,14 @@ def last_log_line(log: Path) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            return last_line(file.read())
     except OSError:
         return ""
+
+
+def last_line(said: bytes) -> str:
+    """Return the last line that says something; "" when there is none."""
+    lines = said.decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 

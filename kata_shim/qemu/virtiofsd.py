@@ -3,6 +3,9 @@
 It is two processes. The one that we start waits for the one that serves, which is alone in mount, process-id
 and network namespaces of its own, with the shared directory for its root; where one ends, so does the other,
 and both when QEMU hangs up. The options are QEMU 7.2's own virtiofsd's (Debian 12, qemu-system-common).
+
+What it says goes into a FIFO that it holds itself, and that lets nobody wait: once that is full (64 KiB,
+pipe(7)) no more is kept. So what a guest can have it complain of fills nothing of the host's.
 """
 
 from __future__ import annotations
@@ -10,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from kata_shim.errors import ShimError
-from kata_shim.qemu.process import FOR_FILES, Process, find_by_log, kill_by_log, last_log_line, spawn
+from kata_shim.qemu.process import FOR_FILES, Process, find_by_log, kill_by_log, last_line, spawn
 
 LOG = "virtiofsd.log"
+PIPE = 1 << 16  # bytes
 # What its sandbox takes (mount, setpcap: to give up the rest), and to be a file's owner while one is made. It
 # gives sys_admin and setpcap up before it reads the first request.
 CAPABILITIES = f"{FOR_FILES} setgid setuid sys_admin setpcap"
-# Nobody makes devices (mknod). Files of several file systems are told apart (announce_submounts). What a
-# guest can have it complain of should not fill the host's /run (log_level).
+# Nobody makes devices (mknod). Files of several file systems are told apart (announce_submounts). What else
+# it has to say (log_level) would leave no room for its last words.
 OPTIONS = "sandbox=namespace,announce_submounts,xattr,modcaps=-mknod,log_level=err"
 
 
@@ -31,6 +36,8 @@ class Virtiofsd:
         self._program = program
         self._cache = cache  # "none", "auto" or "always": what a guest may
         self._log = directory / LOG
+        self._pipe = -1  # the log, open
+        self._said = b""
         self._process: Process | None = None
         self.is_missed = False  # a QEMU had to be ended for want of it
 
@@ -39,6 +46,9 @@ class Virtiofsd:
 
         `near` is a short path of the machine's directory.
         """
+        self._log.unlink(missing_ok=True)  # of a machine that did not come up
+        os.mkfifo(self._log, 0o600)
+        self._open_log(os.O_RDWR)
         path = near / "virtiofsd.sock"
         path.unlink(missing_ok=True)  # of a shim that was killed here
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -53,13 +63,15 @@ class Virtiofsd:
                     path.unlink(missing_ok=True)
                 self._process = spawn(
                     self._command(shared_directory, listener.fileno()),
-                    self._log,
+                    self._pipe,
                     [listener.fileno()],
                     capabilities=CAPABILITIES,
                     field="virtio_fs_daemon",
                 )
         except BaseException as error:
             connection.close()
+            self.close()
+            self._log.unlink()
             if isinstance(error, OSError):
                 raise ShimError("internal", f"{path.name}: {error.strerror}") from None
             raise
@@ -72,6 +84,7 @@ class Virtiofsd:
                 self._process = Process.attach(pid, start_time)
             except ShimError:
                 continue  # it has just ended
+            self._open_log(os.O_RDONLY)
             return True
         return False
 
@@ -99,6 +112,10 @@ class Virtiofsd:
 
     def close(self) -> None:
         """Let go of it; it goes on."""
+        if self._pipe >= 0:
+            self._last_words()
+            os.close(self._pipe)
+            self._pipe = -1
         if self._process is not None:
             self._process.close()
 
@@ -117,8 +134,18 @@ class Virtiofsd:
         if not status:
             return ""
         how = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
-        said = last_log_line(self._log)
+        said = self._last_words()
         return f"virtio_fs_daemon: {self._program}: {how}" + (f": {said}" if said else "")
+
+    def _open_log(self, access: int) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+        self._pipe = os.open(self._log, access | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def _last_words(self) -> str:
+        with suppress(BlockingIOError):  # nothing since
+            self._said = (os.read(self._pipe, PIPE) if self._pipe >= 0 else b"") or self._said
+        return last_line(self._said)
 
     def _command(self, shared_directory: str, listener: int) -> list[str]:
         source = shared_directory.replace("\\", "\\\\").replace(",", "\\,")

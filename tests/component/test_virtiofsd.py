@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ pytestmark = pytest.mark.quick
 
 DAEMON = "/usr/lib/qemu/virtiofsd"
 PATIENCE = 10.0
+LOUD = """#!/bin/sh
+i=0
+while [ $i -lt 40000 ]; do i=$((i+1)); echo $i; done 2>&-
+touch "${0%/*}/end"
+exit 3
+"""  # says 200 KiB
 
 
 @pytest.mark.parametrize("name", ["plain", "a,b", "a\\b", "a=b c"])
@@ -58,6 +65,19 @@ async def test_one_that_is_mute_is_killed(tmp_path: Path) -> None:
     assert not Virtiofsd(tmp_path, DAEMON, "auto").attach()
     server.close()
     another.close()
+
+
+async def test_what_it_says_fills_nothing(tmp_path: Path) -> None:
+    """Nor does it wait for anybody to read it; what it said first is kept."""
+    (tmp_path / "loud").write_text(LOUD)
+    (tmp_path / "loud").chmod(0o755)
+    server = Virtiofsd(tmp_path, str(tmp_path / "loud"), "auto")
+    with server.start(str(tmp_path), tmp_path):
+        await server.ended()
+    assert (tmp_path / "end").exists()
+    assert (tmp_path / LOG).stat().st_blocks == 0
+    assert re.fullmatch(r"virtio_fs_daemon: .*/loud: exit status 3: \d+", server.failure())
+    server.close()
 
 
 async def test_there_is_no_such_program(tmp_path: Path) -> None:
