@@ -17,6 +17,7 @@ from typing import Any, Self
 BIN = Path(sys.executable).parent
 PROJECT = Path(__file__).resolve().parent.parent
 ENDING = 5.0  # seconds
+TASK_SOCKETS = "/run/containerd/s"  # of shims that containerd, or a test in its place, has started
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Call(subprocess.Popen[bytes]):
         super().__exit__(kind, value, trace)
 
 
+def environment(root: Path, config: Path) -> dict[str, str]:
+    """What the CLI and the shims run with."""
+    return {**os.environ, "KATA_SHIM_ROOT": str(root), "KATA_SHIM_CONFIG": str(config)}
+
+
 @dataclass(frozen=True)
 class Runtime:
     """`kata-runtime` on one root of state."""
@@ -55,11 +61,7 @@ class Runtime:
     @property
     def environment(self) -> dict[str, str]:
         """What the CLI runs with."""
-        return {
-            **os.environ,
-            "KATA_SHIM_ROOT": str(self.root),
-            "KATA_SHIM_CONFIG": str(self.config),
-        }
+        return environment(self.root, self.config)
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of a call."""
@@ -164,8 +166,8 @@ def leftovers(root: Path) -> World:
         mounts=frozenset(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
         files=frozenset(
             f"{directory}/{name}"
-            for directory in ("sandboxes", "devices")
-            for name in _list(f"{root}/{directory}")
+            for directory in (f"{root}/sandboxes", f"{root}/devices", TASK_SOCKETS)
+            for name in _list(directory)
         ),
     )
 

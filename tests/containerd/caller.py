@@ -19,7 +19,7 @@ from kata_shim.containerd import task_pb2
 from kata_shim.contract import oci
 from kata_shim.ttrpc.client import Client
 from tests.started import PATIENCE
-from tests.support import BIN, Result
+from tests.support import BIN, TASK_SOCKETS, Result, environment
 
 SERVICE = "containerd.task.v2.Task"
 SHIM = str(BIN / "containerd-shim-kata-v2")
@@ -37,12 +37,7 @@ class Caller:
     @property
     def environment(self) -> dict[str, str]:
         """What containerd gives to a shim; nobody listens for events."""
-        return {
-            **os.environ,
-            "KATA_SHIM_ROOT": str(self.root),
-            "KATA_SHIM_CONFIG": str(self.config),
-            "TTRPC_ADDRESS": f"{self.directory}/events.sock",
-        }
+        return {**environment(self.root, self.config), "TTRPC_ADDRESS": f"{self.directory}/events.sock"}
 
     def bundle(self, name: str, rootfs: str = "rootfs", *args: str, **changes: Any) -> Path:
         """Make a bundle."""
@@ -82,7 +77,7 @@ class Caller:
     def socket(self, container_id: str) -> Path:
         """Where its shim listens."""
         key = f"{self.directory}/containerd.sock/hostile/{container_id}"
-        return Path("/run/containerd/s", sha256(key.encode()).hexdigest())
+        return Path(TASK_SOCKETS, sha256(key.encode()).hexdigest())
 
     @contextmanager
     def started(self, container_id: str, bundle: Path) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import BIN, Call, Result
+from tests.support import BIN, Call, Result, environment
 
 RUNTIME = "io.containerd.kata.v2"
 PATIENCE = 60.0  # seconds
@@ -103,13 +103,8 @@ def containerd(directory: Path, root: Path, config: Path, cri: str = "") -> Iter
     disabled = ", ".join(map(json.dumps, unused if cri else [*unused, "io.containerd.grpc.v1.cri"]))
     text = CONFIGURATION.format(directory=directory, disabled=disabled)
     (directory / "config.toml").write_text(text + cri)
-    environment = {
-        **os.environ,
-        "PATH": f"{directory}/bin:{os.environ['PATH']}",
-        "KATA_SHIM_ROOT": str(root),
-        "KATA_SHIM_CONFIG": str(config),
-    }
-    daemon = Containerd(directory, environment)
+    own = {**environment(root, config), "PATH": f"{directory}/bin:{os.environ['PATH']}"}
+    daemon = Containerd(directory, own)
     try:
         daemon.start()
         yield daemon

@@ -22,6 +22,8 @@ from kata_shim.containerd.types_pb2 import Mount
 from kata_shim.errors import ShimError
 from kata_shim.ttrpc.client import Client
 from tests.containerd.caller import Caller, call
+from tests.containerd.pod import Shim as Connection
+from tests.containerd.pod import pod
 from tests.disks import MIB, descriptors, is_clean, is_free, loop_device, make_image, read
 from tests.rootfs import make_rootfs
 from tests.started import PATIENCE, opened
@@ -32,34 +34,17 @@ DISKS = ("/dev/loop", "/tmp")  # where those of the tests are
 
 
 @pytest.fixture(scope="module", params=DRIVERS)
-def pod(root: Path, rootfs: Path, request: pytest.FixtureRequest) -> Iterator[Caller]:
+def served(root: Path, rootfs: Path, request: pytest.FixtureRequest) -> Iterator[Caller]:
     """A shim with a pod."""
     config = shipped(root, accelerator="tcg", block_device_driver=request.param)
-    caller = Caller(root / f"pod of {request.param}", root, config)
-    annotations = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "pod"}
-    bundle = caller.bundle("pod", str(rootfs), "/bin/sleep", "1000", annotations=annotations)
-    with caller.started("pod", bundle) as path:
-
-        async def begin() -> None:
-            async with await Client.connect(path) as client:
-                await call(client, "Create", id="pod", bundle=str(bundle))
-                await call(client, "Start", id="pod")
-
-        asyncio.run(begin())
+    with pod(root / f"pod of {request.param}", root, config, rootfs) as caller:
         yield caller
     rmtree(caller.directory)
 
 
 @dataclass
-class Shim:
+class Shim(Connection):
     """A connection to the shim of it."""
-
-    caller: Caller
-    client: Client
-
-    async def __call__(self, name: str, **fields: Any) -> Any:
-        """Call a method."""
-        return await call(self.client, name, **fields)
 
     async def create(self, name: str, mount: Mount, *args: str, **spec: Any) -> Path:
         """Create and start a container; return where its stdout goes."""
@@ -92,18 +77,18 @@ class Shim:
 
 
 @pytest.fixture
-async def shim(pod: Caller) -> AsyncIterator[Shim]:
+async def shim(served: Caller) -> AsyncIterator[Shim]:
     """The shim; what a test leaves of its containers is cleared, and neither it nor QEMU keeps a file."""
-    async with await Client.connect(pod.socket("pod")) as client:
+    async with await Client.connect(served.socket("pod")) as client:
         connected = await call(client, "Connect")
         before = sorted(map(kind, opened(connected.shim_pid)))
-        one = Shim(pod, client)
+        one = Shim(served, client)
         yield one
         for name in ("c", "d"):
             with suppress(ShimError):
                 await one("Kill", id=name, signal=9, all=True)
                 await one.ended(name)
-            rmtree(pod.directory / name, ignore_errors=True)
+            rmtree(served.directory / name, ignore_errors=True)
         assert sorted(map(kind, opened(connected.shim_pid))) == before
         assert not [path for path in opened(connected.task_pid) if path.startswith(DISKS)]
 

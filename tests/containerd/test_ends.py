@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,19 @@ def test_limits_hold(ctr: Containerd, run: Run) -> None:
     assert metrics["pids.limit"] == "5"
 
 
-def test_signal_to_all(ctr: Containerd, run: Run) -> None:
-    started(run)
-    with Call(
-        ctr.command("tasks", "exec", "--exec-id", "long", "c", "/bin/sh", "-c", "echo up; sleep 1000"),
-        stdout=subprocess.PIPE,
-        cwd="/",
-    ) as running:
+@contextmanager
+def executing(ctr: Containerd) -> Iterator[Call]:
+    """Run one more process in the container, which sleeps once this begins."""
+    words = ("tasks", "exec", "--exec-id", "long", "c", "/bin/sh", "-c", "echo up; sleep 1000")
+    with Call(ctr.command(*words), stdout=subprocess.PIPE, cwd="/") as running:
         assert running.stdout is not None
         assert running.stdout.readline() == b"up\n"
+        yield running
+
+
+def test_signal_to_all(ctr: Containerd, run: Run) -> None:
+    started(run)
+    with executing(ctr) as running:
         with listening(ctr) as until:
             assert ctr("tasks", "kill", "--all", "--signal", "SIGKILL", "c").status == 0
             until('"id":"c"')
@@ -114,13 +119,7 @@ def test_sigterm_to_the_first_process(ctr: Containerd, run: Run, script: str, st
 
 def test_all_end_with_the_first_process(ctr: Containerd, run: Run) -> None:
     started(run)
-    with Call(
-        ctr.command("tasks", "exec", "--exec-id", "long", "c", "/bin/sh", "-c", "echo up; sleep 1000"),
-        stdout=subprocess.PIPE,
-        cwd="/",
-    ) as running:
-        assert running.stdout is not None
-        assert running.stdout.readline() == b"up\n"
+    with executing(ctr) as running:
         assert ctr("tasks", "kill", "--signal", "SIGKILL", "c").status == 0
         assert running.wait(PATIENCE) == 137
 

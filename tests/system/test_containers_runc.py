@@ -11,7 +11,7 @@ import pytest
 from tests.rootfs import make_rootfs
 from tests.started import write_config
 from tests.support import PROJECT, Result, Runtime
-from tests.system.test_containers_terminal import Typist
+from tests.typist import at
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,7 @@ def test_a_command_that_cannot_be_run(
 
 
 def test_terminal(runtime: Runtime, container: str) -> None:
-    with Typist(
-        runtime, "exec", "-t", container, "--", "sh", "-c", "stty size; tty; read x; exit $x"
-    ) as typist:
+    with at(runtime, "exec", "-t", container, "--", "sh", "-c", "stty size; tty; read x; exit $x") as typist:
         typist.until(b"31 97\r\n/dev/pts/0\r\n")
         typist.press(b"7\r")
         assert typist.end() == 7

@@ -2,76 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
-import select
 import signal
-import struct
-import subprocess
-import termios
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
 from tests.rootfs import make_rootfs
 from tests.started import PATIENCE
 from tests.support import Result, Runtime
-
-
-class Typist:
-    """Who sits at a terminal on which the CLI runs."""
-
-    def __init__(self, runtime: Runtime, *arguments: str, size: tuple[int, int] = (31, 97)) -> None:
-        self.master, self.slave = pty.openpty()
-        self.resize(*size)
-        self.before = termios.tcgetattr(self.slave)
-        self.shown = b""
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", *runtime.command(*arguments)],
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave,
-            env=runtime.environment,
-        )
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Change the window."""
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-
-    def press(self, keys: bytes) -> None:
-        """Press keys."""
-        os.write(self.master, keys)
-
-    def until(self, text: bytes) -> None:
-        """Look until `text` is shown, and forget what is shown by then."""
-        while text not in self.shown:
-            ready, _, _ = select.select([self.master], [], [], PATIENCE)
-            assert ready, f"no {text!r} in {self.shown!r}"
-            self.shown += os.read(self.master, 65536)
-        self.shown = self.shown.partition(text)[2]
-
-    def end(self) -> int:
-        """Wait for the CLI's end, and return its status; the terminal must be as it was."""
-        status = self.process.wait(PATIENCE)
-        assert termios.tcgetattr(self.slave) == self.before
-        return status
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self.slave)
-        if self.master >= 0:
-            os.close(self.master)
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+from tests.typist import at
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +31,14 @@ def container(runtime: Runtime, rootfs: Path) -> Iterator[str]:
 
 def test_run_has_a_terminal(runtime: Runtime, rootfs: Path) -> None:
     script = "tty; stty size; echo $TERM; test -t 0 && test -t 1 && test -t 2; exit 5"
-    with Typist(runtime, "run", "-t", "--rootfs", str(rootfs), "t1", "sh", "-c", script) as typist:
+    with at(runtime, "run", "-t", "--rootfs", str(rootfs), "t1", "sh", "-c", script) as typist:
         typist.until(b"/dev/pts/0\r\n31 97\r\nxterm\r\n")
         assert typist.end() == 5
     assert runtime("list", "--json").json == []
 
 
 def test_exec_is_a_session_at_a_shell(runtime: Runtime, container: str) -> None:
-    with Typist(runtime, "exec", "--tty", container, "--", "sh") as typist:
+    with at(runtime, "exec", "--tty", container, "--", "sh") as typist:
         typist.until(b"# ")
         typist.press(b"echo $((20 + 3))\r")
         typist.until(b"\r\n23\r\n")
@@ -126,7 +67,7 @@ def test_exec_is_a_session_at_a_shell(runtime: Runtime, container: str) -> None:
 
 def test_a_resize_wakes_the_command(runtime: Runtime, container: str) -> None:
     script = "trap 'stty size; exit 6' WINCH; echo ready; while true; do sleep 0.1; done"
-    with Typist(runtime, "exec", "-t", container, "--", "sh", "-c", script) as typist:
+    with at(runtime, "exec", "-t", container, "--", "sh", "-c", script) as typist:
         typist.until(b"ready\r\n")
         typist.resize(50, 200)
         typist.until(b"50 200\r\n")
@@ -136,7 +77,7 @@ def test_a_resize_wakes_the_command(runtime: Runtime, container: str) -> None:
 def test_bytes_go_through_as_they_are(runtime: Runtime, container: str) -> None:
     keys = bytes(byte for byte in range(256) if byte != 10)
     script = f"stty raw -echo; echo ready; head -c {len(keys)} | od -An -v -tx1 | tr -d ' \\n'; echo end"
-    with Typist(runtime, "exec", "-t", container, "--", "sh", "-c", script) as typist:
+    with at(runtime, "exec", "-t", container, "--", "sh", "-c", script) as typist:
         typist.until(b"ready\n")
         typist.press(keys)
         typist.until(keys.hex().encode() + b"end\n")
@@ -147,7 +88,7 @@ def test_bytes_go_through_as_they_are(runtime: Runtime, container: str) -> None:
 def test_a_signal_ends_the_command_and_puts_the_terminal_back(
     runtime: Runtime, container: str, number: int
 ) -> None:
-    with Typist(runtime, "exec", "-t", container, "--", "sh", "-c", "echo ready; sleep 1234") as typist:
+    with at(runtime, "exec", "-t", container, "--", "sh", "-c", "echo ready; sleep 1234") as typist:
         typist.until(b"ready\r\n")
         typist.process.send_signal(number)
         assert typist.end() == 128 + number
@@ -155,7 +96,7 @@ def test_a_signal_ends_the_command_and_puts_the_terminal_back(
 
 
 def test_a_terminal_that_is_hung_up_takes_the_command_along(runtime: Runtime, container: str) -> None:
-    with Typist(runtime, "exec", "-t", container, "--", "sh", "-c", "echo ready; sleep 1234") as typist:
+    with at(runtime, "exec", "-t", container, "--", "sh", "-c", "echo ready; sleep 1234") as typist:
         typist.until(b"ready\r\n")
         os.close(typist.master)
         typist.master = -1
@@ -164,7 +105,7 @@ def test_a_terminal_that_is_hung_up_takes_the_command_along(runtime: Runtime, co
 
 
 def test_a_command_that_cannot_be_run(runtime: Runtime, container: str) -> None:
-    with Typist(runtime, "exec", "-t", container, "--", "nowhere") as typist:
+    with at(runtime, "exec", "-t", container, "--", "nowhere") as typist:
         typist.until(b"nowhere")
         assert typist.end() == 127
 
@@ -175,13 +116,13 @@ def test_without_a_terminal_there_is_none_to_give(runtime: Runtime, container: s
 
 
 def test_the_guest_has_none(runtime: Runtime, container: str) -> None:
-    with Typist(runtime, "exec", "--guest", "-t", container, "--", "true") as typist:
+    with at(runtime, "exec", "--guest", "-t", container, "--", "true") as typist:
         typist.until(b"terminal: a command in the guest itself has none")
         assert typist.end() == 1
 
 
 def test_detached_and_at_a_terminal_is_neither(runtime: Runtime, rootfs: Path) -> None:
-    with Typist(runtime, "run", "--detach", "--tty", "--rootfs", str(rootfs), "t1") as typist:
+    with at(runtime, "run", "--detach", "--tty", "--rootfs", str(rootfs), "t1") as typist:
         typist.until(b"--detach: it leaves the terminal that --tty is for\r\n")
         assert typist.end() == 2
     assert runtime("list", "--json").json == []
