@@ -97,12 +97,14 @@ class Disks:
 @asynccontextmanager
 async def _opened(source: str, options: Sequence[str]) -> AsyncIterator[Backing]:
     """Open a block device, or with the option `loop` an image file, for nobody else; raises ShimError."""
-    # A device whose other end is far away may let its opener wait; nobody else is to wait with it.
-    backing = await run_to_end(asyncio.to_thread(_open, source, options))
+    opened: list[Backing] = []
     try:
-        yield backing
+        # A device whose other end is far away may let its opener wait; nobody else is to wait with it.
+        await run_to_end(asyncio.to_thread(lambda: opened.append(_open(source, options))))
+        yield opened[0]
     finally:
-        os.close(backing.fd)
+        for backing in opened:
+            os.close(backing.fd)
 
 
 def _open(source: str, options: Sequence[str]) -> Backing:
