@@ -18,7 +18,6 @@ from kata_shim.spawn import Containerd
 from kata_shim.ttrpc.server import Server, ServerProtocol
 
 EVENTS_TIMEOUT = 2.0  # seconds that a shim which ends waits for containerd to take its last events
-ANSWER_DELAY = 0.05  # seconds for Shutdown's answer to leave
 
 
 class _Protocol(ServerProtocol):
@@ -63,11 +62,11 @@ class Tasks:
         await self._publisher.close(EVENTS_TIMEOUT)
 
     def _shut_down(self) -> None:
+        # In a task of its own: the answer to Shutdown, which is waiting for nothing more, leaves before that.
         if self._deleting is None or self._deleting.done():
             self._deleting = asyncio.ensure_future(self._delete())
 
     async def _delete(self) -> None:
-        await asyncio.sleep(ANSWER_DELAY)
         try:
             await self._sandbox.delete(force=True)
         except ShimError as error:
