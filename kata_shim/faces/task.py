@@ -98,7 +98,8 @@ class Task:
 
     async def delete(self, request: task_pb2.DeleteRequest) -> task_pb2.DeleteResponse:
         """Forget a process that has ended, or a whole container."""
-        process = await (await self._sandbox.containers()).delete(request.id, request.exec_id)
+        containers = await self._sandbox.containers()
+        process = await containers.delete(request.id, request.exec_id, ends=True)  # Shutdown is next
         return task_pb2.DeleteResponse(
             pid=self.pid, exit_status=process.exit_status, exited_at=timestamp(process.exited_at)
         )

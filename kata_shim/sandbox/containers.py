@@ -194,15 +194,18 @@ class Containers:
             raise ShimError("not-found", f"container {container_id}: the process has ended already")
         await self._guest.signal(container_id, "" if everything else process.in_guest, number)
 
-    async def delete(self, container_id: str, exec_id: str) -> Process:
-        """Forget a process that has ended; with the first one the container goes."""
+    async def delete(self, container_id: str, exec_id: str, *, ends: bool = False) -> Process:
+        """Forget a process that has ended; with the first one the container goes.
+
+        With `ends` the caller ends the sandbox next, once its own container was the last.
+        """
         process = self.process(container_id, exec_id)
         if process.state in ("running", "paused"):
             raise ShimError("failed-precondition", f"container {container_id}: it is {process.state}")
         container = self.find(container_id)
         await process.stdio.drained(DRAIN_TIMEOUT)  # the guest drops what is unread as the container goes
         if not exec_id:
-            await self._remove(container)
+            await self._remove(container, ends=ends)
         await self._forget(process)
         container.processes.pop(exec_id, None)
         if not exec_id:
@@ -344,8 +347,11 @@ class Containers:
         with suppress(ShimError):  # the guest has ended, or has forgotten it
             await self._guest.remove(container_id)
 
-    async def _remove(self, container: Container) -> None:
-        await self._discard(container.id)
+    async def _remove(self, container: Container, *, ends: bool) -> None:
+        is_last = container.id == self._sandbox_id and not self.has_other_than(container.id)
+        # What ends with its guest anyway need not be tidied there, unless there is a disk to be written to.
+        if not (ends and is_last) or self._disks.has(container.id):
+            await self._discard(container.id)
         await self._disks.release(container.id)
         self._shares.release(container.id)
         await self._run_later_hooks(container, "poststop")

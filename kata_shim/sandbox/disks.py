@@ -54,6 +54,10 @@ class Disks:
             return ""
         return f"{DIRECTORY}/{container_id}"
 
+    def has(self, container_id: str) -> bool:
+        """Whether a container's root file system is a disk."""
+        return container_id in self._disks
+
     async def plug(self, container_id: str, rootfs: Sequence[Mount]) -> list[agent_pb2.Storage]:
         """Plug the disk in; return what has the guest mount it. Of any other there is nothing to be done."""
         path = self.path(container_id, rootfs)
