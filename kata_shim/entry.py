@@ -205,10 +205,13 @@ def _varint(number: int) -> bytes:
 
 def _sandbox_of(bundle: str, container_id: str) -> str:
     """Return the sandbox that a bundle's container belongs to, by CRI's annotations; else its own id."""
-    import json
-
     try:
-        annotations = json.loads(_read_config(f"{bundle}/config.json")).get("annotations") or {}
+        config = _read_config(f"{bundle}/config.json")
+        if _SANDBOX_ID.encode() not in config:
+            return container_id
+        import json  # which takes as long as the interpreter's own start
+
+        annotations = json.loads(config).get("annotations") or {}
         if annotations.get(_CONTAINER_TYPE) == "container":
             return str(annotations[_SANDBOX_ID])
     except (OSError, ValueError, AttributeError, KeyError, RecursionError):
@@ -231,7 +234,11 @@ def _read_config(path: str) -> bytes:
 
 
 def _socket_path(flags: dict[str, str], sandbox_id: str) -> str:
-    from hashlib import sha256
+    # hashlib would load OpenSSL.
+    if sys.version_info >= (3, 12):
+        from _sha2 import sha256
+    else:
+        from _sha256 import sha256  # type: ignore[import-not-found]
 
     key = f"{flags.get('address', '')}/{flags.get('namespace', '')}/{sandbox_id}"
     return f"{SOCKETS}/{sha256(key.encode()).hexdigest()}"
@@ -258,10 +265,10 @@ def _listen(path: str) -> socket:
 
 
 def _unlink(path: str) -> None:
-    from contextlib import suppress
-
-    with suppress(FileNotFoundError):  # a shim that ends has done so
+    try:  # noqa: SIM105  contextlib is slow to import
         os.unlink(path)
+    except FileNotFoundError:
+        pass  # a shim that ends has done so
 
 
 def _require_listening(path: str, sandbox_id: str) -> None:
