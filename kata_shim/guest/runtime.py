@@ -83,7 +83,7 @@ class Runtime:
         """Write a JSON file of the bundle; return its path."""
         path = f"{self._directory}/{name}"
         with open(path, "w") as file:
-            json.dump(value, file)
+            file.write(json.dumps(value))  # which C encodes; for dump() Python does
         return path
 
     async def _launch(self, exec_id: str, *words: str, terminal: bool) -> Process:
