@@ -36,13 +36,15 @@ def main() -> NoReturn:
         from kata_shim.shim import main as shim
 
         sys.exit(shim())
+    status = 1
     try:
-        sys.exit(_run(words))
+        status = _run(words)
     except ShimError as error:
         print(f"containerd-shim-kata-v2: {error.message}", file=sys.stderr)
     except OSError as error:
         print(f"containerd-shim-kata-v2: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-    sys.exit(1)
+    # containerd waits. Nothing is buffered, and nothing to be torn down that would be worth its time.
+    os._exit(status)
 
 
 def _run(words: list[str]) -> int:
@@ -58,7 +60,7 @@ def _run(words: list[str]) -> int:
         case [] if "version" in flags or "v" in flags:
             from kata_shim import __version__
 
-            print(f"containerd-shim-kata-v2 {__version__}")
+            os.write(1, f"containerd-shim-kata-v2 {__version__}\n".encode())
             return 0
     raise invalid(f"command line: {' '.join(words)[:200]}: neither start nor delete")
 
