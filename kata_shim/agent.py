@@ -57,6 +57,11 @@ class Agent:
         self._over_gateways: list[Route] = []  # as it was last given them; it lists only their gateways
         self._opening: asyncio.Task[Client] | None = None
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the guest begins calls in the order in which they are sent; Kata's own agent may not."""
+        return not self._stock
+
     async def dial(self) -> None:
         """Connect and say nothing yet, to a virtio-serial port; the first call is the first word then."""
         if isinstance(self._address, Path):
@@ -321,15 +326,29 @@ class Agent:
         method: str,
         request: Message,
         timeout: float | None = CALL_TIMEOUT,
+        channel: Client | None = None,
     ) -> Message:
+        """Call a method; with a `channel`, on that or not at all."""
         response = SERVICES[service][method][1]
         try:
-            if self._client is None or self._client.cause is not None:
-                await self.open(max(timeout or 0, CALL_TIMEOUT))
-            assert self._client is not None
-            return await self._client.call(service, method, request, response, timeout)
+            if channel is None:
+                channel = await self._channel(max(timeout or 0, CALL_TIMEOUT))
+            return await channel.call(service, method, request, response, timeout)
         except ShimError as error:
             raise await self._explain(error) from None
+
+    async def channel(self) -> Client:
+        """Return the channel as it is now, opened where it is not; raises ShimError."""
+        try:
+            return await self._channel(CALL_TIMEOUT)
+        except ShimError as error:
+            raise await self._explain(error) from None
+
+    async def _channel(self, timeout: float) -> Client:
+        if self._client is None or self._client.cause is not None:
+            await self.open(timeout)
+        assert self._client is not None
+        return self._client
 
 
 async def _connect(address: Address, timeout: float) -> Client:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -14,9 +16,11 @@ from kata_shim.contract.oci import SANDBOX_SHM
 from kata_shim.errors import invalid
 from kata_shim.protos import agent_pb2, oci_pb2
 from kata_shim.protos.services import AGENT_SERVICE
+from kata_shim.ttrpc.client import Client
 
 RUNTIME_TIMEOUT = 60.0  # seconds for what takes a process in the guest
 CHUNK = 768 << 10  # bytes asked for at a time; an answer has 1 MiB at most
+AHEAD = 1  # pieces for a stdin that may be on their way while the guest takes another
 
 SHARED_TAG = "kataShared"  # of the machine's file system, as Kata's is called
 
@@ -154,15 +158,9 @@ class Containers:
         assert isinstance(answer, agent_pb2.ReadStreamResponse)
         return answer.data
 
-    async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> None:
-        """Write to a process's stdin; returns when it is taken."""
-        request = agent_pb2.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
-        await self._call("WriteStdin", request, None)
-
-    async def close_stdin(self, container_id: str, exec_id: str) -> None:
-        """Close a process's stdin."""
-        request = agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
-        await self._call("CloseStdin", request)
+    def stdin(self, container_id: str, exec_id: str) -> Stdin:
+        """Return what leads to a process's stdin."""
+        return Stdin(self._agent, container_id, exec_id)
 
     async def resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
         """Set the size of a process's terminal."""
@@ -179,6 +177,49 @@ class Containers:
 
     async def _call(self, method: str, request: Message, timeout: float | None = 15.0) -> Message:
         return await self._agent.call(AGENT_SERVICE, method, request, timeout)
+
+
+class Stdin:
+    """The way to a process's stdin. A piece is sent before the last one's answer: the guest need not wait."""
+
+    def __init__(self, agent: Agent, container_id: str, exec_id: str) -> None:
+        self._agent = agent
+        self._ids = {"container_id": container_id, "exec_id": exec_id}
+        self._unanswered: deque[asyncio.Task[Message]] = deque()
+        # By which all the unanswered went: what follows a lost piece must not go by the next one.
+        self._channel: Client | None = None
+
+    async def write(self, data: bytes) -> None:
+        """Send it, once all but AHEAD pieces are taken. Raises ShimError, which may be an earlier piece's."""
+        await self._answered(AHEAD if self._agent.keeps_order else 0)
+        if not self._unanswered:
+            self._channel = await self._agent.channel()
+        request = agent_pb2.WriteStreamRequest(**self._ids, data=data)
+        call = self._agent.call(AGENT_SERVICE, "WriteStdin", request, None, self._channel)
+        self._unanswered.append(asyncio.ensure_future(call))
+
+    async def close(self) -> None:
+        """Close the process's stdin when it has taken all."""
+        await self._answered(0)
+        await self._agent.call(AGENT_SERVICE, "CloseStdin", agent_pb2.CloseStdinRequest(**self._ids))
+
+    def abandon(self) -> None:
+        """Wait for no answer any more."""
+        for call in self._unanswered:
+            call.cancel()
+            call.add_done_callback(_heard)
+        self._unanswered.clear()
+
+    async def _answered(self, most: int) -> None:
+        """Wait until at most so many pieces are unanswered."""
+        while self._unanswered and (len(self._unanswered) > most or self._unanswered[0].done()):
+            await self._unanswered[0]
+            self._unanswered.popleft()
+
+
+def _heard(call: asyncio.Task[Message]) -> None:
+    if not call.cancelled():
+        call.exception()
 
 
 def from_json(kind: type[_M], value: object, where: str) -> _M:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import select
 import socket
+from collections import deque
 from collections.abc import Callable
 
 from kata_shim.ttrpc import link
@@ -18,7 +19,7 @@ _VSOCK_RESERVED = 1023  # LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c
 _PORTS = "/sys/class/virtio-ports"
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
-_READ = 64 * 1024  # bytes
+_READ = 256 * 1024  # bytes
 _PIECE = 4096  # bytes; a port gives no more at a time (drivers/char/virtio_console.c)
 _UNSENT_LIMIT = 8 << 20  # bytes of answers after which no more requests are read
 
@@ -36,7 +37,8 @@ class VirtioPort:
     def __init__(self, fd: int, new_server: NewServer) -> None:
         """Take over `fd`, a port opened read-write and non-blocking. Needs a running loop."""
         self._fd = fd
-        self._unsent = bytearray()
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_size = 0
         self._buffer = memoryview(bytearray(_READ))
         self._pieces = [self._buffer[at : at + _PIECE] for at in range(0, _READ, _PIECE)]
         server, self._abandon = new_server(self.stand_still)
@@ -71,11 +73,13 @@ class VirtioPort:
     def _begin(self) -> None:
         """The shim has reset the link: what belongs to the session before goes."""
         self._unsent.clear()
+        self._unsent_size = 0
         self._abandon()
 
     def _send(self, data: bytes) -> None:
-        self._unsent += data
-        if len(self._unsent) == len(data):
+        self._unsent.append(memoryview(data))
+        self._unsent_size += len(data)
+        if len(self._unsent) == 1:
             self._write()
 
     def _woken(self) -> None:
@@ -91,7 +95,7 @@ class VirtioPort:
             self._going_on.cancel()  # it is this one, or comes too late
             self._going_on = None
         self._write()
-        while len(self._unsent) < _UNSENT_LIMIT:
+        while self._unsent_size < _UNSENT_LIMIT:
             try:
                 size = os.readv(self._fd, self._pieces)
             except BlockingIOError:
@@ -108,7 +112,13 @@ class VirtioPort:
     def _write(self) -> None:
         try:
             while self._unsent:
-                del self._unsent[: os.write(self._fd, self._unsent)]
+                piece = self._unsent[0]
+                size = os.write(self._fd, piece)
+                self._unsent_size -= size
+                if size < len(piece):
+                    self._unsent[0] = piece[size:]
+                else:
+                    self._unsent.popleft()
         except (BlockingIOError, BrokenPipeError):
             return
 

@@ -27,6 +27,7 @@ from kata_shim.guest.process import Process
 from kata_shim.guest.runtime import Runtime
 from kata_shim.guest.sealed import Program
 from kata_shim.protos import agent_pb2
+from kata_shim.ttrpc import bulk
 
 MAX_CONTAINERS = 256
 MAX_PROCESSES = 256  # of one container
@@ -157,18 +158,21 @@ class Containers:
         await self._find(request.container_id).cgroup.freeze(False)
         return Empty()
 
-    async def write_stdin(self, request: agent_pb2.WriteStreamRequest) -> agent_pb2.WriteStreamResponse:
+    @bulk.apart(agent_pb2.WriteStreamRequest.DATA_FIELD_NUMBER)
+    async def write_stdin(
+        self, request: agent_pb2.WriteStreamRequest, data: bytes | memoryview
+    ) -> agent_pb2.WriteStreamResponse:
         """Write to a process's stdin; answers when the pipe or the terminal has taken all of it."""
         stdin = self._process(request).streams.stdin
         assert stdin is not None
-        await stdin.write(request.data)
-        return agent_pb2.WriteStreamResponse(len=len(request.data))
+        await stdin.write(data)
+        return agent_pb2.WriteStreamResponse(len=len(data))
 
-    async def read_stdout(self, request: agent_pb2.ReadStreamRequest) -> agent_pb2.ReadStreamResponse:
+    async def read_stdout(self, request: agent_pb2.ReadStreamRequest) -> bulk.Pieces:
         """Answer what a process wrote, as soon as there is some; empty data is the end."""
         return await self._read(request, "stdout")
 
-    async def read_stderr(self, request: agent_pb2.ReadStreamRequest) -> agent_pb2.ReadStreamResponse:
+    async def read_stderr(self, request: agent_pb2.ReadStreamRequest) -> bulk.Pieces:
         """As `read_stdout`; a process with a terminal has none."""
         return await self._read(request, "stderr")
 
@@ -230,13 +234,14 @@ class Containers:
         self._containers.pop(container.id, None)
         container.closing.close()
 
-    async def _read(self, request: agent_pb2.ReadStreamRequest, stream: str) -> agent_pb2.ReadStreamResponse:
+    async def _read(self, request: agent_pb2.ReadStreamRequest, stream: str) -> bulk.Pieces:
+        """Return a ReadStreamResponse."""
         container, process = self._find(request.container_id), self._process(request)
         pipe = process.streams.output.get(stream)
         data = b"" if pipe is None else await pipe.read(min(request.len or MAX_CHUNK, MAX_CHUNK))
         if not data:
             self._forget_if_done(container, request.exec_id)
-        return agent_pb2.ReadStreamResponse(data=data)
+        return bulk.message(agent_pb2.ReadStreamResponse.DATA_FIELD_NUMBER, data)
 
     def _adapt(self, spec: dict[str, Any], container: Container, *, sandbox_pidns: bool) -> None:
         """Make of a specification one for this guest: its cgroups, and the namespaces that a pod shares."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
+import termios
 from collections.abc import Callable
 from contextlib import suppress
+from struct import Struct
 from typing import IO
 
 from kata_shim.errors import ShimError
 
 MUCH = 16 << 10  # bytes in one answer; more than who types or prints a line sees
-GATHERING = 0.008  # seconds
+GATHERING = 0.003  # seconds
+GATHERINGS = 3  # one after another, as long as there is not half an answer to read
+
+_INT = Struct("i")
 
 
 class Pipe:
@@ -39,7 +45,7 @@ class Pipe:
         """Return what there is, at most so many bytes; wait until there is some; b"" at the end."""
         async with self._lock:
             if self._flows:
-                await asyncio.sleep(GATHERING)
+                await self._gather(length // 2)
             while not self.closed:
                 try:
                     data = self._take(length)
@@ -57,6 +63,17 @@ class Pipe:
                 return data
             return b""
 
+    async def _gather(self, enough: int) -> None:
+        for _ in range(GATHERINGS):
+            if self.closed or self._available() >= enough:
+                return
+            await asyncio.sleep(GATHERING)
+
+    def _available(self) -> int:
+        """Return how many bytes there are to read."""
+        answer = fcntl.ioctl(self._fd, termios.FIONREAD, bytes(_INT.size))
+        return int(_INT.unpack(answer)[0])
+
     def _take(self, length: int) -> bytes:
         """Read what there is; a pseudo-terminal gives no more than a page at a time."""
         data = os.read(self._fd, length)
@@ -65,8 +82,9 @@ class Pipe:
                 data += more
         return data
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """Write all of it. Raises `failed-precondition` when nobody reads any more."""
+        data = memoryview(data)
         async with self._lock:
             while data and not self.closed:
                 try:

@@ -300,8 +300,7 @@ class Containers:
         ids = (process.container_id, process.in_guest)
         process.stdio.begin(
             {name: partial(self._read, name, *ids) for name in ("stdout", "stderr")},
-            partial(self._guest.write_stdin, *ids),
-            partial(self._guest.close_stdin, *ids),
+            self._guest.stdin(*ids),
         )
         self._watch(process)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Awaitable, Callable
@@ -13,10 +14,10 @@ from typing import Protocol
 from kata_shim import log
 from kata_shim.errors import ShimError, invalid
 
-CHUNK = 256 * 1024  # bytes
+CHUNK = 512 * 1024  # bytes
+FIFO_SIZE = 1 << 20  # bytes that who writes to a FIFO may be ahead of who reads it
 
 Read = Callable[[], Awaitable[bytes]]
-Write = Callable[[bytes], Awaitable[None]]
 
 
 class Source(Protocol):
@@ -30,6 +31,19 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Read no more."""
+
+
+class Target(Protocol):
+    """A process's stdin."""
+
+    async def write(self, data: bytes) -> None:
+        """Send it, once there is room. Raises ShimError when nobody takes it, or took what came before."""
+
+    async def close(self) -> None:
+        """Let the process read the end, after all that was written."""
+
+    def abandon(self) -> None:
+        """Wait for nothing any more."""
 
 
 class Sink(Protocol):
@@ -62,6 +76,9 @@ class Fifo:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not output and stat.S_ISFIFO(mode):
                 self._holder = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if stat.S_ISFIFO(mode):
+                with suppress(OSError):  # beyond what /proc/sys/fs/pipe-max-size allows
+                    fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, FIFO_SIZE)
         except OSError as error:
             self.close()
             raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
@@ -135,13 +152,12 @@ class Stdio:
         self._moving: list[asyncio.Task[None]] = []
         self._feeding: asyncio.Task[None] | None = None
 
-    def begin(self, read: dict[str, Read], write: Write, end: Callable[[], Awaitable[None]]) -> None:
-        """Move bytes from now on: of `read` to the outputs, of the input to `write`, its end to `end`."""
+    def begin(self, read: dict[str, Read], stdin: Target) -> None:
+        """Move bytes from now on: of `read` to the outputs, of the input to `stdin`."""
         self._moving = [
             asyncio.ensure_future(self._drain(sink, read[name])) for name, sink in self._output.items()
         ]
-        feeding = self._end(end) if self._input is None else self._feed(self._input, write, end)
-        self._feeding = asyncio.ensure_future(feeding)
+        self._feeding = asyncio.ensure_future(self._feed(self._input, stdin))
 
     async def drained(self, timeout: float | None = None) -> None:
         """Wait until all that was written has been handed on, at most so many seconds."""
@@ -165,23 +181,31 @@ class Stdio:
                 end.close()
 
     async def _drain(self, sink: Sink | None, read: Read) -> None:
-        with suppress(ShimError):  # the guest has ended, which is told elsewhere
-            while data := await read():
+        # The guest is asked for more while the sink takes what there is.
+        reading = asyncio.ensure_future(read())
+        try:
+            while data := await reading:
+                reading = asyncio.ensure_future(read())
                 if sink is not None:
                     await sink.write(data)
+        except ShimError:
+            pass  # the guest has ended, which is told elsewhere
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
         if sink is not None:
             sink.close()
 
-    async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
-        """Let a process read the end at once that is to have no input."""
-        with suppress(ShimError):
-            await end()
-
-    async def _feed(self, source: Source, write: Write, end: Callable[[], Awaitable[None]]) -> None:
-        with suppress(ShimError):  # the process reads no more, or the guest has ended
-            while data := await source.read():
-                await write(data)
-            await end()
+    async def _feed(self, source: Source | None, stdin: Target) -> None:
+        """Without a source the process is to read the end at once."""
+        try:
+            while source is not None and (data := await source.read()):
+                await stdin.write(data)
+            await stdin.close()
+        except ShimError:
+            pass  # the process reads no more, or the guest has ended
+        finally:
+            stdin.abandon()
 
 
 def by_paths(stdin: str, stdout: str, stderr: str, *, terminal: bool) -> Stdio:

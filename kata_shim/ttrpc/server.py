@@ -13,13 +13,15 @@ from typing import Any, cast
 from google.protobuf.message import DecodeError, Message
 
 from kata_shim.errors import ShimError
-from kata_shim.ttrpc import link
+from kata_shim.ttrpc import bulk, link
+from kata_shim.ttrpc.bulk import Pieces
 from kata_shim.ttrpc.envelope_pb2 import Request, Response, Status
-from kata_shim.ttrpc.wire import MAX_PAYLOAD, REQUEST, RESPONSE, Decoder, Frame, ProtocolError, encode
+from kata_shim.ttrpc.wire import MAX_PAYLOAD, REQUEST, RESPONSE, Decoder, Frame, ProtocolError, header
 
-AsyncHandler = Callable[[Any], Coroutine[Any, Any, Message]]
-Handler = AsyncHandler | Callable[[Any], Message]
-Answering = Callable[[], Coroutine[Any, Any, bytes]]
+Answer = Message | Pieces
+AsyncHandler = Callable[..., Coroutine[Any, Any, Answer]]
+Handler = AsyncHandler | Callable[..., Answer]
+Answering = Callable[[], Coroutine[Any, Any, Pieces]]
 
 MAX_CALLS = 1024  # in flight in one session; more are refused, so that a peer cannot fill the memory
 
@@ -31,17 +33,19 @@ class Server:
     """Services, and what they answer to a request; no connections."""
 
     def __init__(self) -> None:
-        # With whether they are async: that takes a while to find out.
-        self._handlers: dict[tuple[str, str], tuple[type[Message], Handler, bool]] = {}
+        # With whether they are async, which takes a while to find out, and the field that they take apart.
+        self._handlers: dict[tuple[str, str], tuple[type[Message], Handler, bool, int]] = {}
 
     def register(self, service: str, handlers: Mapping[str, tuple[type[Message], Handler]]) -> None:
         """Add a service: method name -> (request type, handler that takes the request, returns the answer).
 
-        What a handler returns at once, not being async, is answered before anything else is read. A ShimError
-        that it raises is answered as its status; any other exception as internal.
+        What a handler returns at once, not being async, is answered before anything else is read; those that
+        are async begin in the order of their requests. A ShimError that it raises is answered as its status;
+        any other exception as internal. Large bytes need not be copied: see kata_shim.ttrpc.bulk.
         """
         for method, (request_type, handler) in handlers.items():
-            self._handlers[service, method] = request_type, handler, iscoroutinefunction(handler)
+            apart = getattr(handler, "apart", 0)
+            self._handlers[service, method] = request_type, handler, iscoroutinefunction(handler), apart
 
     def register_object(
         self, service: str, methods: Mapping[str, tuple[type[Message], type[Message]]], target: object
@@ -63,24 +67,28 @@ class Server:
         """Return a session for a stream that can be cut; `discard` drops what `send` has not written yet."""
         return LinkedSession(self, send, discard)
 
-    def begin(self, payload: bytes) -> bytes | Answering:
+    def begin(self, payload: bytes) -> Pieces | Answering:
         """Take a serialized ttrpc.Request; return the serialized ttrpc.Response, or what will when awaited.
 
         Neither raises anything but CancelledError.
         """
         method = "request"
         try:
-            request = Request.FromString(payload)
+            request, body = bulk.parse(Request, payload, Request.PAYLOAD_FIELD_NUMBER)
             method = f"{request.service}/{request.method}"
             found = self._handlers.get((request.service, request.method))
             if not found:
                 raise ShimError("unimplemented", f"{method}: no such method")
-            request_type, handler, is_async = found
-            argument = request_type.FromString(request.payload)
+            request_type, handler, is_async, apart = found
+            arguments: tuple[Any, ...]
+            if apart:
+                arguments = bulk.parse(request_type, body, apart)
+            else:
+                arguments = (request_type.FromString(bytes(body)),)
             if is_async:
                 handler = cast(AsyncHandler, handler)
-                return partial(_finish, method, handler, argument, request.timeout_nano / 1e9)
-            return _success(method, cast(Message, handler(argument)))
+                return partial(_finish, method, handler, arguments, request.timeout_nano / 1e9)
+            return _success(method, cast(Answer, handler(*arguments)))
         except DecodeError:
             return _failure(ShimError("invalid-argument", f"{method}: not the protobuf message it should be"))
         except Exception as error:
@@ -132,7 +140,7 @@ class Session:
             self._answer(frame.stream_id, _failure(ShimError("resource-exhausted", message)))
             return
         answer = self._server.begin(frame.payload)
-        if isinstance(answer, bytes):
+        if isinstance(answer, tuple):
             self._answer(frame.stream_id, answer)
             return
         task = asyncio.get_running_loop().create_task(self._serve(frame.stream_id, answer))
@@ -149,8 +157,14 @@ class Session:
         if not self._cancelled:
             self._answer(stream_id, answer)
 
-    def _answer(self, stream_id: int, answer: bytes) -> None:
-        self._send(encode(Frame(stream_id, RESPONSE, 0, answer)))
+    def _answer(self, stream_id: int, answer: Pieces) -> None:
+        *heads, last = answer
+        begin = header(sum(map(len, answer)), stream_id, RESPONSE, 0) + b"".join(heads)
+        if len(last) < bulk.LARGE:
+            self._send(begin + last)
+        else:
+            self._send(begin)
+            self._send(last)
 
 
 class LinkedSession:
@@ -236,11 +250,11 @@ def snake_case(name: str) -> str:
     return _WORD_START.sub("_", name).lower()
 
 
-async def _finish(method: str, handler: AsyncHandler, argument: Message, timeout: float) -> bytes:
+async def _finish(method: str, handler: AsyncHandler, arguments: tuple[Any, ...], timeout: float) -> Pieces:
     """Return the serialized ttrpc.Response; `timeout` in seconds, 0 for none."""
     try:
         async with asyncio.timeout(timeout or None) as limit:
-            return _success(method, await handler(argument))
+            return _success(method, await handler(*arguments))
     except TimeoutError as error:
         if limit.expired():
             return _failure(ShimError("deadline-exceeded", f"{method}: not done within {timeout:g} s"))
@@ -249,24 +263,27 @@ async def _finish(method: str, handler: AsyncHandler, argument: Message, timeout
         return _failed(method, error)
 
 
-def _success(method: str, answer: Message) -> bytes:
-    data = Response(payload=answer.SerializeToString()).SerializeToString()
-    if len(data) > MAX_PAYLOAD:
-        message = f"{method}: answer of {len(data)} bytes is more than {MAX_PAYLOAD}"
+def _success(method: str, answer: Answer) -> Pieces:
+    pieces = answer if isinstance(answer, tuple) else (answer.SerializeToString(),)
+    if size := sum(map(len, pieces)):
+        pieces = bulk.head(Response.PAYLOAD_FIELD_NUMBER, size), *pieces
+        size += len(pieces[0])
+    if size > MAX_PAYLOAD:
+        message = f"{method}: answer of {size} bytes is more than {MAX_PAYLOAD}"
         raise ShimError("resource-exhausted", message)
-    return data
+    return pieces
 
 
-def _failed(method: str, error: Exception) -> bytes:
+def _failed(method: str, error: Exception) -> Pieces:
     return _failure(error) if isinstance(error, ShimError) else _internal(method, error)
 
 
-def _failure(error: ShimError) -> bytes:
+def _failure(error: ShimError) -> Pieces:
     message = error.message.encode(errors="replace")[: MAX_PAYLOAD // 2].decode(errors="replace")
-    return Response(status=Status(code=error.status, message=message)).SerializeToString()
+    return (Response(status=Status(code=error.status, message=message)).SerializeToString(),)
 
 
-def _internal(method: str, error: Exception) -> bytes:
+def _internal(method: str, error: Exception) -> Pieces:
     _log.error("%s failed", method, exc_info=error)
     summary = f"{type(error).__name__}: {error}".partition("\n")[0]
     return _failure(ShimError("internal", f"{method}: {summary}"))

@@ -30,7 +30,12 @@ class Frame(NamedTuple):
 def encode(frame: Frame) -> bytes:
     """Return the frame as bytes. The payload has to be at most MAX_PAYLOAD bytes."""
     assert len(frame.payload) <= MAX_PAYLOAD, len(frame.payload)
-    return _HEADER.pack(len(frame.payload), frame.stream_id, frame.kind, frame.flags) + frame.payload
+    return header(len(frame.payload), *frame[:3]) + frame.payload
+
+
+def header(size: int, stream_id: int, kind: int, flags: int) -> bytes:
+    """Return what stands before a payload of `size` bytes."""
+    return _HEADER.pack(size, stream_id, kind, flags)
 
 
 class Decoder:

@@ -213,8 +213,9 @@ async def test_register_object() -> None:
     server = Server()
     server.register_object(HEALTH_SERVICE, {"Check": HEALTH["Check"]}, Health())
     answering = server.begin(Request(service=HEALTH_SERVICE, method="Check").SerializeToString())
-    assert not isinstance(answering, bytes)
-    assert HealthCheckResponse.FromString(Response.FromString(await answering()).payload) == SERVING
+    assert not isinstance(answering, tuple)
+    response = Response.FromString(b"".join(await answering()))
+    assert HealthCheckResponse.FromString(response.payload) == SERVING
 
 
 def test_every_method_has_its_types() -> None:
