@@ -65,7 +65,7 @@ def nested(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         accelerator="kvm",
         default_memory=300,
         default_root_ports=2,
-        agent_timeout=BOOT_TIMEOUT,
+        agent_timeout=BOOT_TIMEOUT // 3,  # so that what does not come up says why
         hotplug_timeout=60,
     )
     with config.open("a") as file:  # which no sandbox sees until a factory runs
