@@ -236,11 +236,10 @@ def _read_config(path: str) -> bytes:
 
 
 def _socket_path(flags: dict[str, str], sandbox_id: str) -> str:
-    # hashlib would load OpenSSL.
-    if sys.version_info >= (3, 12):
-        from _sha2 import sha256
-    else:
-        from _sha256 import sha256  # type: ignore[import-not-found]
+    try:
+        from _sha256 import sha256  # type: ignore[import-not-found]  # CPython 3.11's own; hashlib loads OpenSSL
+    except ImportError:
+        from hashlib import sha256
 
     key = f"{flags.get('address', '')}/{flags.get('namespace', '')}/{sandbox_id}"
     return f"{SOCKETS}/{sha256(key.encode()).hexdigest()}"

@@ -71,8 +71,16 @@ def find(path: str) -> int:
     """Return a descriptor that only names a file (O_PATH), whoever changes its path from now on.
 
     Links are followed, but none of /proc's own, which lead to what some process has open: OSError, ELOOP.
+    What is to be mounted there when somebody looks (automount) is.
     """
-    how = struct.pack("3Q", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_NO_MAGICLINKS)  # struct open_how
+    try:
+        return _find(path, os.O_DIRECTORY)  # without which nothing is mounted for O_PATH, see open(2)
+    except NotADirectoryError:
+        return _find(path, 0)
+
+
+def _find(path: str, flags: int) -> int:
+    how = struct.pack("3Q", os.O_PATH | os.O_CLOEXEC | flags, 0, _RESOLVE_NO_MAGICLINKS)  # struct open_how
     number, size = ctypes.c_long(_OPENAT2), ctypes.c_long(len(how))
     descriptor: int = _libc.syscall(number, ctypes.c_long(_AT_FDCWD), os.fsencode(path), how, size)
     if descriptor < 0:

@@ -62,6 +62,7 @@ class Containers:
         self._seccomp = seccomp
         self._hook_path = hook_path
         self._containers: dict[str, Container] = {}
+        self._untidied: set[str] = set()  # ids of containers that have gone, which the guest was not told of
         self._sharing = asyncio.Lock()
         self._shared = False
         self._watching: asyncio.Task[None] | None = None
@@ -119,6 +120,8 @@ class Containers:
             undo.callback(self._containers.pop, container_id)
             await self._note()
             self._require_open()
+            while self._untidied:  # the sandbox goes on after all
+                await self._discard(self._untidied.pop())
             if container_id != self._sandbox_id:
                 self._names.claim(container_id)
                 undo.callback(self._names.release, container_id)
@@ -270,7 +273,7 @@ class Containers:
     async def finish(self) -> None:
         """Create nothing any more, and have what was written reach the disks: the machine is to end."""
         self._is_closed = True
-        await self._disks.flush(self._discard)
+        await self._disks.flush(self._guest.remove)
 
     async def close(self) -> None:
         """Let go of everything; nothing is created any more."""
@@ -348,8 +351,11 @@ class Containers:
 
     async def _remove(self, container: Container, *, ends: bool) -> None:
         is_last = container.id == self._sandbox_id and not self.has_other_than(container.id)
-        # What ends with its guest anyway need not be tidied there, unless there is a disk to be written to.
-        if not (ends and is_last) or self._disks.has(container.id):
+        # What ends with its guest anyway need not be tidied there, unless something is to be done for that: a
+        # disk to be written to, hooks of the guest's to be run.
+        if ends and is_last and not self._disks.has(container.id) and not self._hook_path:
+            self._untidied.add(container.id)
+        else:
             await self._discard(container.id)
         await self._disks.release(container.id)
         self._shares.release(container.id)

@@ -27,7 +27,7 @@ from kata_shim.vm.disks import Disk
 from kata_shim.vm.disks import Disks as MachineDisks
 
 DIRECTORY = "/run/kata-containers/sandbox/disks"  # in the guest
-FLUSH_TIMEOUT = 5.0  # seconds that a sandbox's end waits for what its guest has not written yet
+FLUSH_TIMEOUT = 3.0  # seconds that a sandbox's end waits for what its guest has not written yet
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs")  # of a disk of its own: btrfs mounts a part of what is shared
 _EXT_MAGIC_AT, _EXT_MAGIC = 0x438, b"\x53\xef"  # the kernel's fs/ext4/ext4.h: s_magic
 _XFS_MAGIC = b"XFSB"  # fs/xfs/libxfs/xfs_format.h
@@ -81,11 +81,16 @@ class Disks:
     async def flush(self, discard: Callable[[str], Awaitable[None]]) -> None:
         """Have the guest `discard` each container with a disk, which writes all that the disk is to have.
 
-        A guest that does not within FLUSH_TIMEOUT is waited for no longer.
+        A guest that does not within FLUSH_TIMEOUT is waited for no longer; then it is told in the log.
         """
-        with suppress(TimeoutError):
+        ids = list(self._disks)
+        try:
             async with asyncio.timeout(FLUSH_TIMEOUT):
-                await asyncio.gather(*map(discard, self._disks))
+                ends = await asyncio.gather(*map(discard, ids), return_exceptions=True)
+        except TimeoutError:
+            ends = [TimeoutError(f"not done within {FLUSH_TIMEOUT:g} s")]
+        for error in filter(None, ends):
+            log.warning("what was written may not be on its disk", ids=", ".join(ids), error=str(error))
 
     async def release(self, container_id: str) -> None:
         """Take a container's disk away; one that the guest keeps is free when the sandbox ends."""

@@ -61,10 +61,10 @@ class Fifo:
 
     An output FIFO is opened for reading as well: it stands though nobody reads it yet, or any more. An input
     FIFO is held open for writing until `let_end`: its end comes only when containerd says so, not when a
-    client comes late or goes early.
+    client comes late or goes early. A `wide` FIFO is to hold much: nobody looks at it line by line.
     """
 
-    def __init__(self, path: str, *, output: bool) -> None:
+    def __init__(self, path: str, *, output: bool, wide: bool = True) -> None:
         self._loop = asyncio.get_running_loop()
         self._holder = -1
         flags = (os.O_RDWR | os.O_APPEND) if output else os.O_RDONLY
@@ -76,9 +76,8 @@ class Fifo:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not output and stat.S_ISFIFO(mode):
                 self._holder = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            if stat.S_ISFIFO(mode):
-                with suppress(OSError):  # beyond what /proc/sys/fs/pipe-max-size allows
-                    fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, FIFO_SIZE)
+            if wide and stat.S_ISFIFO(mode):
+                self._widen()
         except OSError as error:
             self.close()
             raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
@@ -120,6 +119,11 @@ class Fifo:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _widen(self) -> None:
+        with suppress(OSError):  # beyond what /proc/sys/fs/pipe-max-size allows
+            if fcntl.fcntl(self._fd, fcntl.F_GETPIPE_SZ) < FIFO_SIZE:
+                fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, FIFO_SIZE)
 
     async def _ready(self, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
         waiter: asyncio.Future[None] = self._loop.create_future()
@@ -214,7 +218,7 @@ def by_paths(stdin: str, stdout: str, stderr: str, *, terminal: bool) -> Stdio:
     try:
         for path, output in ((stdin, False), (stdout, True), ("" if terminal else stderr, True)):
             if path:
-                opened.append(Fifo(_made(path) if output else path, output=output))
+                opened.append(Fifo(_made(path) if output else path, output=output, wide=not terminal))
     except BaseException:
         for fifo in opened:
             fifo.close()

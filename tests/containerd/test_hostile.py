@@ -210,6 +210,14 @@ async def test_a_mount_of_a_link_to_what_is_the_hosts(shim: Shim, leads: str, wo
     assert f'config.json: mounts: source: "{source}"' in message
 
 
+async def test_a_source_with_a_nul_is_not_what_stands_before_it(shim: Shim) -> None:
+    mount = {"destination": "/mnt", "type": "bind", "source": "/etc\0/nothing"}
+    bundle = shim.caller.bundle("c", str(shim.rootfs), mounts=[mount])
+    code, message = await shim.fails("Create", id="c", bundle=str(bundle))
+    assert code == "invalid-argument"
+    assert message.endswith('mounts: source: "/etc\\x00/nothing" is not a string without NUL')
+
+
 @pytest.mark.parametrize("path", ["/proc/self/cwd", "/proc/self/root/bin"])
 async def test_a_root_by_a_link_of_procs_own(shim: Shim, path: str) -> None:
     bundle = shim.caller.bundle("c", path)

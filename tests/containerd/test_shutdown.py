@@ -63,6 +63,19 @@ async def test_the_last_containers_end(caller: Caller, rootfs: Path) -> None:
         assert left(caller, deleted.pid) == []
 
 
+async def test_a_sandbox_that_goes_on(caller: Caller, rootfs: Path) -> None:
+    """Its container was the last, but instead of Shutdown comes another of the same id."""
+    async with started(caller, rootfs, "/bin/true") as client:
+        for code in (3, 4):
+            await call(client, "Wait", id="pod")
+            await call(client, "Delete", id="pod")
+            command = ("/bin/sh", "-c", f"exit {code}")
+            bundle = caller.bundle(f"again-{code}", str(rootfs), *command, annotations=POD)
+            await call(client, "Create", id="pod", bundle=str(bundle))
+            await call(client, "Start", id="pod")
+            assert (await call(client, "Wait", id="pod")).exit_status == code
+
+
 async def test_another_container_stays(caller: Caller, rootfs: Path) -> None:
     async with started(caller, rootfs, "/bin/sleep", "1000") as client:
         linux = {"namespaces": [{"type": "pid"}]}
