@@ -66,7 +66,9 @@ class Connection:
             try:
                 return self.answer(call_id, progress)
             except KeyboardInterrupt:
-                self.send(cancellation(call_id))
+                pass
+        # Not before a second one is heard again: it may come as soon as the shim has been told.
+        self.send(cancellation(call_id))
         self.socket.settimeout(CANCEL_TIMEOUT)
         try:
             return self.answer(call_id, progress)
