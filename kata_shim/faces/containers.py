@@ -160,6 +160,12 @@ class _Output:
     async def write(self, data: bytes) -> None:
         await self._call.progress({self._stream: base64.b64encode(data).decode()})
 
+    async def taken(self, count: int) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

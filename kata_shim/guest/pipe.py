@@ -17,6 +17,7 @@ from kata_shim.errors import ShimError
 MUCH = 16 << 10  # bytes in one answer; more than who types or prints a line sees
 GATHERING = 0.003  # seconds
 GATHERINGS = 3  # one after another, as long as there is not half an answer to read
+PATIENCE = 2.0  # seconds without a byte read, after which a reader is not waited for
 
 _INT = Struct("i")
 
@@ -36,6 +37,8 @@ class Pipe:
         self._waiter: asyncio.Future[None] | None = None
         self._unwatch: Callable[[], bool] = bool
         self._flows = False
+        self._count = 0  # bytes read so far
+        self._was_read = asyncio.Event()
 
     @property
     def closed(self) -> bool:
@@ -60,8 +63,19 @@ class Pipe:
                 if not data:
                     self.close()
                 self._flows = len(data) >= MUCH
+                self._count += len(data)
+                self._was_read.set()
                 return data
             return b""
+
+    async def read_up(self) -> None:
+        """Wait until what there is to read by now has been; not for who reads nothing for PATIENCE."""
+        end = self._count + (0 if self.closed else self._available())
+        with suppress(TimeoutError):
+            while not self.closed and self._count < end:
+                self._was_read.clear()
+                async with asyncio.timeout(PATIENCE):
+                    await self._was_read.wait()
 
     async def _gather(self, enough: int) -> None:
         for _ in range(GATHERINGS):
@@ -106,6 +120,7 @@ class Pipe:
         if not self.closed:
             os.close(self._fd)
         self._fd = -1
+        self._was_read.set()
 
     async def _ready(self, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
         fd, waiter = self._fd, asyncio.get_running_loop().create_future()

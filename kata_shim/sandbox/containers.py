@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -326,8 +327,10 @@ class Containers:
         return b""
 
     async def _attend(self, process: Process) -> None:
-        status = await self._wait(process)
-        if process.stop(status):
+        status, at = await self._wait(process), time.time_ns()
+        # Who hears of the end may close the streams at once, as `ctr` does.
+        await process.stdio.taken()
+        if process.stop(status, at):
             self.tell("exit", process)
 
     async def _wait(self, process: Process) -> int:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
-import stat
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import Protocol
 
-from kata_shim import log
 from kata_shim.errors import ShimError, invalid
-
-CHUNK = 512 * 1024  # bytes
-FIFO_SIZE = 1 << 20  # bytes that who writes to a FIFO may be ahead of who reads it
+from kata_shim.sandbox.fifo import Input, Output
 
 Read = Callable[[], Awaitable[bytes]]
 
@@ -52,86 +47,14 @@ class Sink(Protocol):
     async def write(self, data: bytes) -> None:
         """Take all of it."""
 
+    async def taken(self, count: int) -> None:
+        """Wait until so many bytes in all have been read by whoever reads them, if anybody does."""
+
+    def end(self) -> None:
+        """All has been written."""
+
     def close(self) -> None:
         """Take no more."""
-
-
-class Fifo:
-    """One FIFO or file of the host's, read or written without waiting in the kernel.
-
-    An output FIFO is opened for reading as well: it stands though nobody reads it yet, or any more. An input
-    FIFO is held open for writing until `let_end`: its end comes only when containerd says so, not when a
-    client comes late or goes early. A `wide` FIFO is to hold much: nobody looks at it line by line.
-    """
-
-    def __init__(self, path: str, *, output: bool, wide: bool = True) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._holder = -1
-        flags = (os.O_RDWR | os.O_APPEND) if output else os.O_RDONLY
-        self._fd = -1
-        try:
-            self._fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-            mode = os.fstat(self._fd).st_mode
-            if stat.S_ISDIR(mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if not output and stat.S_ISFIFO(mode):
-                self._holder = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            if wide and stat.S_ISFIFO(mode):
-                self._widen()
-        except OSError as error:
-            self.close()
-            raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
-        except ValueError as error:
-            self.close()
-            raise invalid(f"stdio: {path!a}: {error}") from None
-
-    async def read(self) -> bytes:
-        """Return what there is; wait until there is some; b"" at the end."""
-        while self._fd >= 0:
-            try:
-                return os.read(self._fd, CHUNK)
-            except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
-        return b""
-
-    async def write(self, data: bytes) -> None:
-        """Write all of it; what nobody can take any more is dropped."""
-        view = memoryview(data)
-        while view and self._fd >= 0:
-            try:
-                view = view[os.write(self._fd, view) :]
-            except BlockingIOError:
-                await self._ready(self._loop.add_writer, self._loop.remove_writer)
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.EIO):
-                    log.warning("stdio: output is lost", error=error.strerror)
-                return
-
-    def let_end(self) -> None:
-        """Let the end of an input come, once its writers have gone."""
-        if self._holder >= 0:
-            os.close(self._holder)
-            self._holder = -1
-
-    def close(self) -> None:
-        """Close it; nobody may wait for it any more."""
-        self.let_end()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _widen(self) -> None:
-        with suppress(OSError):  # beyond what /proc/sys/fs/pipe-max-size allows
-            if fcntl.fcntl(self._fd, fcntl.F_GETPIPE_SZ) < FIFO_SIZE:
-                fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, FIFO_SIZE)
-
-    async def _ready(self, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        watch(self._fd, _wake, waiter)
-        try:
-            await waiter
-        finally:
-            unwatch(self._fd)
 
 
 class Stdio:
@@ -153,13 +76,14 @@ class Stdio:
         self.paths = paths
         self._input = stdin
         self._output = {"stdout": stdout, "stderr": stderr}
+        self._came = dict.fromkeys(self._output, 0)  # bytes
         self._moving: list[asyncio.Task[None]] = []
         self._feeding: asyncio.Task[None] | None = None
 
     def begin(self, read: dict[str, Read], stdin: Target) -> None:
         """Move bytes from now on: of `read` to the outputs, of the input to `stdin`."""
         self._moving = [
-            asyncio.ensure_future(self._drain(sink, read[name])) for name, sink in self._output.items()
+            asyncio.ensure_future(self._drain(name, sink, read[name])) for name, sink in self._output.items()
         ]
         self._feeding = asyncio.ensure_future(self._feed(self._input, stdin))
 
@@ -167,6 +91,12 @@ class Stdio:
         """Wait until all that was written has been handed on, at most so many seconds."""
         if self._moving:
             await asyncio.wait(self._moving, timeout=timeout)
+
+    async def taken(self) -> None:
+        """Wait until what has come so far has been read by whoever reads the outputs, if anybody does."""
+        await asyncio.gather(
+            *(sink.taken(self._came[name]) for name, sink in self._output.items() if sink is not None)
+        )
 
     def let_stdin_end(self) -> None:
         """Nobody will write to stdin any more."""
@@ -184,12 +114,17 @@ class Stdio:
             if end is not None:
                 end.close()
 
-    async def _drain(self, sink: Sink | None, read: Read) -> None:
+    async def _drain(self, name: str, sink: Sink | None, read: Read) -> None:
+        async def more() -> bytes:
+            data = await read()
+            self._came[name] += len(data)
+            return data
+
         # The guest is asked for more while the sink takes what there is.
-        reading = asyncio.ensure_future(read())
+        reading = asyncio.ensure_future(more())
         try:
             while data := await reading:
-                reading = asyncio.ensure_future(read())
+                reading = asyncio.ensure_future(more())
                 if sink is not None:
                     await sink.write(data)
         except ShimError:
@@ -198,7 +133,7 @@ class Stdio:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
         if sink is not None:
-            sink.close()
+            sink.end()
 
     async def _feed(self, source: Source | None, stdin: Target) -> None:
         """Without a source the process is to read the end at once."""
@@ -214,18 +149,17 @@ class Stdio:
 
 def by_paths(stdin: str, stdout: str, stderr: str, *, terminal: bool) -> Stdio:
     """Return streams at FIFOs, or `file://` for an output; "" is none. Raises ShimError, and none is open."""
-    opened: list[Fifo] = []
-    try:
-        for path, output in ((stdin, False), (stdout, True), ("" if terminal else stderr, True)):
-            if path:
-                opened.append(Fifo(_made(path) if output else path, output=output, wide=not terminal))
-    except BaseException:
-        for fifo in opened:
-            fifo.close()
-        raise
-    ends = iter(opened)
-    given = [next(ends) if path else None for path in (stdin, stdout, "" if terminal else stderr)]
-    return Stdio(*given, terminal=terminal, paths=(stdin, stdout, stderr))
+    with ExitStack() as opened:
+        source = Input(stdin, wide=not terminal) if stdin else None
+        if source is not None:
+            opened.callback(source.close)
+        sinks: list[Output | None] = []
+        for path in (stdout, "" if terminal else stderr):
+            sinks.append(Output(_made(path), wide=not terminal) if path else None)
+            if sinks[-1] is not None:
+                opened.callback(sinks[-1].close)
+        opened.pop_all()
+    return Stdio(source, *sinks, terminal=terminal, paths=(stdin, stdout, stderr))
 
 
 def _made(path: str) -> str:
@@ -242,8 +176,3 @@ def _made(path: str) -> str:
         if error.errno != errno.ENXIO:  # a FIFO that nobody reads yet
             raise ShimError("failed-precondition", f"stdio: {path}: {error.strerror}") from None
     return rest
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)

@@ -38,11 +38,11 @@ class Process:
         """The process's exec_id in the guest."""
         return self.exec_id or self.container_id
 
-    def stop(self, status: int) -> bool:
-        """Note the end; False where it was known."""
+    def stop(self, status: int, at: int = 0) -> bool:
+        """Note the end, which was `at` that time, or now; False where it was known."""
         if self.state == "stopped":
             return False
-        self.state, self.exit_status, self.exited_at = "stopped", status, time.time_ns()
+        self.state, self.exit_status, self.exited_at = "stopped", status, at or time.time_ns()
         self.exited.set()
         return True
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
@@ -16,76 +17,38 @@ from kata_shim.agent_containers import Containers as GuestContainers
 from kata_shim.contract import oci
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2
-from kata_shim.protos.services import AGENT, AGENT_SERVICE
 from kata_shim.sandbox.containers import WAITS, Containers
 from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import Shares
 from kata_shim.sandbox.stdio import Stdio
 from kata_shim.sandbox.task import Process
-from kata_shim.ttrpc.server import AsyncHandler, Server
 from kata_shim.vm import shared
+from tests.component.far_guest import SOON, FarGuest, Nowhere, as_it_is
 
 pytestmark = pytest.mark.quick
 
-SOON = 20.0  # seconds; far more than anything here takes
 Answer = Callable[[], Awaitable[Message]]
 
 
-class Guest:
-    """The guest's end of the channel. `answers` says what a method is answered; all else is fine."""
+class Guest(FarGuest):
+    """One of which `answers` says what a method is answered; all else is fine."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.answers: dict[str, Answer] = {}
-        self.asked: list[str] = []
-        self._server = Server()
-        self._host: asyncio.StreamWriter | None = None
-        self._server.register(
-            AGENT_SERVICE,
-            {name: (request, self._answering(name, answer)) for name, (request, answer) in AGENT.items()},
-        )
-        self._session = self._server.linked_session(self.send, lambda: None)
 
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a host."""
-        self._host = writer
-        while data := await reader.read(1 << 16):
-            self._session.receive(data)
-        writer.close()
-
-    def send(self, data: bytes) -> None:
-        """Write to the host, whatever it may mean there."""
-        if self._host is not None:
-            self._host.write(data)
-
-    def cut(self) -> None:
-        """End the host's connection."""
-        assert self._host is not None
-        self._host.close()
-
-    def close(self) -> None:
-        """End what is being served."""
-        self._session.cancel()
-        if self._host is not None:
-            self._host.close()
-
-    def _answering(self, name: str, answer: type[Message]) -> AsyncHandler:
-        async def handle(_: Message) -> Message:
-            self.asked.append(name)
-            return await self.answers[name]() if name in self.answers else answer()
-
-        return handle
+    async def answer(self, name: str, request: Any, usual: Message) -> Message:
+        self.asked.append(name)
+        return await self.answers[name]() if name in self.answers else usual
 
 
 @pytest.fixture
 async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     one = Guest()
     one.answers["GetOOMEvent"] = never
-    serving = await asyncio.start_unix_server(one.connected, tmp_path / "agent.sock")
-    yield one
-    one.close()
-    serving.close()
-    await serving.wait_closed()
+    async with one.served(tmp_path / "agent.sock"):
+        yield one
 
 
 @pytest.fixture
@@ -96,7 +59,7 @@ def told() -> list[str]:
 @pytest.fixture
 async def containers(guest: Guest, tmp_path: Path, told: list[str]) -> AsyncIterator[Containers]:
     """The containers of a sandbox, one of them created: `c`."""
-    agent = Agent(tmp_path / "agent.sock", _as_it_is)
+    agent = Agent(tmp_path / "agent.sock", as_it_is)
     await agent.dial()
     shared.prepare(tmp_path)
     names = HostNames(tmp_path, "container", "sandbox")
@@ -124,10 +87,6 @@ async def containers(guest: Guest, tmp_path: Path, told: list[str]) -> AsyncIter
     await some.close()
     await agent.close()
     shared.release(tmp_path / shared.SHARED)
-
-
-async def _as_it_is(error: ShimError) -> ShimError:
-    return error
 
 
 async def never() -> Message:
@@ -331,12 +290,12 @@ async def test_whoever_waits_hears_of_a_deletion(guest: Guest, containers: Conta
 async def test_output_is_handed_on_before_a_container_goes(guest: Guest, containers: Containers) -> None:
     pieces, taken = [b"some", b""], []
 
-    class Sink:
+    class Sink(Nowhere):
         async def write(self, data: bytes) -> None:
             taken.append(("write", "RemoveContainer" in guest.asked))
 
-        def close(self) -> None:
-            taken.append(("close", "RemoveContainer" in guest.asked))
+        def end(self) -> None:
+            taken.append(("end", "RemoveContainer" in guest.asked))
 
     waiting, over = asyncio.Event(), asyncio.Event()
 
@@ -357,7 +316,42 @@ async def test_output_is_handed_on_before_a_container_goes(guest: Guest, contain
         await process.exited.wait()
         asyncio.get_running_loop().call_soon(waiting.set)
         await containers.delete("d", "")
-    assert taken[:2] == [("write", False), ("close", False)]
+    assert taken[:2] == [("write", False), ("end", False)]
+
+
+async def test_an_end_is_told_once_the_output_is_read(guest: Guest, containers: Containers) -> None:
+    """Who hears of it may close the streams at once."""
+    written, asked, read = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    counts = []
+
+    class Sink(Nowhere):
+        async def taken(self, count: int) -> None:
+            counts.append(count)
+            asked.set()
+            await read.wait()
+
+    pieces = [b"some", b"more", b""]
+
+    async def output() -> Message:
+        if len(pieces) == 1:
+            written.set()
+        return agent_pb2.ReadStreamResponse(data=pieces.pop(0))
+
+    async def end() -> Message:
+        await written.wait()
+        return agent_pb2.WaitProcessResponse(status=3)
+
+    guest.answers["WaitProcess"], guest.answers["ReadStdout"] = end, output
+    spec = oci.default_spec("/", ["x"], [], "", terminal=False)
+    async with asyncio.timeout(SOON):
+        await containers.create_of("d", spec, "/", (), lambda: Stdio(None, Sink(), None, terminal=False))
+        process = await containers.start("d", "")
+        await asked.wait()
+        assert (counts, process.state) == ([8], "running")
+        read.set()
+        await process.exited.wait()
+        assert process.exit_status == 3
+        await containers.delete("d", "")
 
 
 async def test_one_that_ends_while_it_is_paused(

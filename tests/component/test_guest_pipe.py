@@ -8,6 +8,7 @@ import os
 import pytest
 
 from kata_shim.errors import ShimError
+from kata_shim.guest import pipe as pipe_module
 from kata_shim.guest.pipe import MUCH, Pipe
 
 pytestmark = pytest.mark.quick
@@ -62,3 +63,45 @@ async def test_who_reads_much_loses_nothing_by_waiting_for_more() -> None:
         await writing
     assert found == data
     assert pipe.closed
+
+
+async def test_what_is_there_is_waited_for_until_it_is_read() -> None:
+    reader, writer = os.pipe()
+    pipe = Pipe(reader)
+    os.write(writer, b"abc")
+    async with asyncio.timeout(SOON):
+        waiting = asyncio.create_task(pipe.read_up())
+        assert await pipe.read(2) == b"ab"
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        os.write(writer, b"def")  # by somebody else: this nobody waits for
+        assert await pipe.read(1) == b"c"
+        await waiting
+        assert await pipe.read(3) == b"def"
+        os.close(writer)
+        assert await pipe.read(3) == b""
+        await pipe.read_up()
+
+
+async def test_who_does_not_read_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe_module, "PATIENCE", 0.05)
+    reader, writer = os.pipe()
+    os.write(writer, b"abc")
+    pipe = Pipe(reader)
+    async with asyncio.timeout(SOON):
+        await pipe.read_up()
+        assert await pipe.read(3) == b"abc"
+    pipe.close()
+    os.close(writer)
+
+
+async def test_a_closed_one_is_not_waited_for() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"abc")
+    pipe = Pipe(reader)
+    waiting = asyncio.create_task(pipe.read_up())
+    await asyncio.sleep(0)
+    pipe.close()
+    async with asyncio.timeout(SOON):
+        await waiting
+    os.close(writer)

@@ -15,80 +15,47 @@ from kata_shim.agent import Agent
 from kata_shim.agent_containers import Containers, Stdin
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2
-from kata_shim.protos.services import AGENT, AGENT_SERVICE
+from kata_shim.protos.services import AGENT_SERVICE
 from kata_shim.sandbox.stdio import Stdio
-from kata_shim.ttrpc.server import AsyncHandler, Server
+from tests.component.far_guest import SOON, FarGuest, Nowhere, as_it_is
 
 pytestmark = pytest.mark.quick
 
-SOON = 20.0  # seconds; far more than anything here takes
 
-
-class Guest:
-    """The guest's end of the channel. It has the Kata agent's service alone; writes wait for `let`."""
+class Guest(FarGuest):
+    """One whose writes wait for `let`; `asked` has what was written, and the names of other methods."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []  # the data that was written, and the names of other methods
+        super().__init__()
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._host: asyncio.StreamWriter | None = None
-        server = Server()
-        methods = {name: (types[0], self._handler(name, types[1])) for name, types in AGENT.items()}
-        server.register(AGENT_SERVICE, methods)
-        self._session = server.linked_session(self._send, lambda: None)
 
     def let(self) -> None:
         """Have the oldest write that waits be taken."""
         self._waiting.popleft().set_result(None)
 
     def cut(self) -> None:
-        """End the host's connection; the calls of it are forgotten."""
-        assert self._host is not None
-        self._host.close()
+        super().cut()
         self._waiting.clear()
 
-    def close(self) -> None:
-        """End what is being served."""
-        self._session.cancel()
-        if self._host is not None:
-            self._host.close()
-
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a host."""
-        self._host = writer
-        while data := await reader.read(1 << 16):
-            self._session.receive(data)
-        writer.close()
-
-    def _send(self, data: bytes) -> None:
-        assert self._host is not None
-        self._host.write(data)
-
-    def _handler(self, name: str, answer: type[Message]) -> AsyncHandler:
-        async def handle(request: Any) -> Message:
-            if name == "WriteStdin":
-                self.asked.append(request.data.decode())
-                self._waiting.append(asyncio.get_running_loop().create_future())
-                await self._waiting[-1]
-            else:
-                self.asked.append(name)
-            return answer()
-
-        return handle
+    async def answer(self, name: str, request: Any, usual: Message) -> Message:
+        if name != "WriteStdin":
+            return await super().answer(name, request, usual)
+        self.asked.append(request.data.decode())
+        self._waiting.append(asyncio.get_running_loop().create_future())
+        await self._waiting[-1]
+        return usual
 
 
 @pytest.fixture
 async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     one = Guest()
-    serving = await asyncio.start_unix_server(one.connected, tmp_path / "agent.sock")
-    yield one
-    one.close()
-    serving.close()
-    await serving.wait_closed()
+    async with one.served(tmp_path / "agent.sock"):
+        yield one
 
 
 @pytest.fixture
 async def agent(guest: Guest, tmp_path: Path) -> AsyncIterator[Agent]:
-    one = Agent(tmp_path / "agent.sock", _as_it_is)
+    one = Agent(tmp_path / "agent.sock", as_it_is)
     async with asyncio.timeout(SOON):
         yield one
     await one.close()
@@ -97,10 +64,6 @@ async def agent(guest: Guest, tmp_path: Path) -> AsyncIterator[Agent]:
 @pytest.fixture
 def stdin(agent: Agent) -> Stdin:
     return Containers(agent).stdin("c", "e")
-
-
-async def _as_it_is(error: ShimError) -> ShimError:
-    return error
 
 
 async def heard(agent: Agent, guest: Guest) -> list[str]:
@@ -194,12 +157,12 @@ async def test_output_is_asked_for_one_piece_ahead(agent: Agent, guest: Guest, s
     asked, free, taken = 0, asyncio.Event(), []
     again = asyncio.Event()
 
-    class Sink:
+    class Sink(Nowhere):
         async def write(self, data: bytes) -> None:
             await free.wait()
             taken.append(data)
 
-        def close(self) -> None:
+        def end(self) -> None:
             taken.append(b"")
 
     async def read() -> bytes:

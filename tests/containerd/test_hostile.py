@@ -17,7 +17,7 @@ from google.protobuf.any_pb2 import Any as Packed
 from kata_shim.containerd import status_pb2
 from kata_shim.errors import ShimError
 from kata_shim.guest.process import PIPE_SIZE
-from kata_shim.sandbox.stdio import CHUNK, FIFO_SIZE
+from kata_shim.sandbox.fifo import CHUNK, SIZE
 from kata_shim.ttrpc.client import Client
 from tests.containerd.caller import Caller, call
 from tests.containerd.pod import Shim as Connection
@@ -282,7 +282,7 @@ async def test_a_process_that_reads_no_input(shim: Shim, tmp_path: Path) -> None
         while taken < FLOOD and await writable(shim, holder):
             taken += os.write(holder, bytes(PIPE))
         # The FIFO's, the guest's pipe, two pieces on their way and one that waits.
-        assert PIPE < taken <= FIFO_SIZE + PIPE_SIZE + 3 * CHUNK
+        assert PIPE < taken <= SIZE + PIPE_SIZE + 3 * CHUNK
         assert (await shim("State", id="c")).status == status_pb2.RUNNING
         assert shim.resident < before + (16 << 20)
     finally:

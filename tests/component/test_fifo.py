@@ -1,0 +1,196 @@
+"""A process's streams at FIFOs: what is kept for whom, and when it is said to have been read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kata_shim.errors import ShimError
+from kata_shim.sandbox import fifo
+from kata_shim.sandbox.fifo import Input, Output
+
+pytestmark = pytest.mark.quick
+
+SOON = 20.0  # seconds; far more than anything here takes
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    os.mkfifo(tmp_path / "fifo")
+    return str(tmp_path / "fifo")
+
+
+@pytest.fixture
+async def output(path: str) -> AsyncIterator[Output]:
+    one = Output(path, wide=True)
+    async with asyncio.timeout(SOON):
+        yield one
+    one.close()
+
+
+@contextmanager
+def reader(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+async def still_waits(task: asyncio.Task[None]) -> bool:
+    """Whether it does after many more looks than it takes to see what is so."""
+    done, _ = await asyncio.wait((task,), timeout=20 * fifo._SOON)
+    return not done
+
+
+async def test_what_nobody_has_read_is_waited_for(path: str, output: Output) -> None:
+    with reader(path) as fd:
+        await output.write(b"abc")
+        waiting = asyncio.create_task(output.taken(3))
+        assert await still_waits(waiting)
+        assert os.read(fd, 2) == b"ab"
+        assert await still_waits(waiting)
+        assert os.read(fd, 2) == b"c"
+        await waiting
+
+
+async def test_what_comes_after_that_is_not(path: str, output: Output) -> None:
+    """A child that a process left behind may write without end."""
+    with reader(path) as fd:
+        await output.write(b"abc")
+        waiting = asyncio.create_task(output.taken(3))
+        assert await still_waits(waiting)
+        os.read(fd, 3)
+        await output.write(b"def")
+        await waiting
+        assert os.read(fd, 10) == b"def"
+
+
+async def test_what_does_not_fit_yet_is_waited_for(path: str, output: Output) -> None:
+    data = os.urandom(fifo.SIZE + 1000)
+    with reader(path) as fd:
+        writing = asyncio.create_task(output.write(data))
+        waiting = asyncio.create_task(output.taken(len(data)))
+        assert await still_waits(waiting)
+        got = os.read(fd, fifo.SIZE)
+        await writing
+        assert await still_waits(waiting)
+        got += os.read(fd, fifo.SIZE)
+        await waiting
+    assert got == data
+
+
+async def test_after_the_end_too(path: str, output: Output) -> None:
+    with reader(path) as fd:
+        await output.write(b"abc")
+        output.end()
+        waiting = asyncio.create_task(output.taken(3))
+        assert await still_waits(waiting)
+        assert (os.read(fd, 10), os.read(fd, 10)) == (b"abc", b"")
+        await waiting
+
+
+async def test_nobody_is_not_waited_for_and_misses_nothing(path: str, output: Output) -> None:
+    await output.write(b"abc")
+    output.end()
+    await output.taken(3)
+    with reader(path) as late:
+        assert os.read(late, 10) == b"abc"
+        with pytest.raises(BlockingIOError):
+            os.read(late, 10)
+        output.close()
+        assert os.read(late, 10) == b""
+
+
+async def test_who_goes_is_not_waited_for(path: str, output: Output) -> None:
+    with reader(path):
+        await output.write(b"abc")
+        waiting = asyncio.create_task(output.taken(3))
+        assert await still_waits(waiting)
+    await waiting
+
+
+async def test_who_reads_nothing_is_not_waited_for_without_end(
+    path: str, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fifo, "PATIENCE", 0.05)
+    with reader(path) as fd:
+        await output.write(b"abc")
+        await output.taken(3)
+        assert os.read(fd, 10) == b"abc"
+
+
+async def test_a_closed_one_is_not_waited_for(path: str, output: Output) -> None:
+    with reader(path):
+        await output.write(b"abc")
+        waiting = asyncio.create_task(output.taken(3))
+        assert await still_waits(waiting)
+        output.close()
+        await waiting
+
+
+async def test_one_that_was_removed_is_the_same(path: str, output: Output) -> None:
+    with reader(path) as fd:
+        os.unlink(path)
+        os.mkfifo(path)
+        await output.write(b"abc")
+        waiting = asyncio.create_task(output.taken(3))
+        assert await still_waits(waiting)
+        output.end()
+        assert (os.read(fd, 10), os.read(fd, 10)) == (b"abc", b"")
+        await waiting
+
+
+async def test_a_file_is_written_to_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"before ")
+    one = Output(str(log), wide=True)
+    await one.write(b"after")
+    await one.taken(5)
+    one.end()
+    one.close()
+    assert log.read_bytes() == b"before after"
+
+
+async def test_a_full_disk_is_not_waited_for() -> None:
+    one = Output("/dev/full", wide=True)
+    async with asyncio.timeout(SOON):
+        await one.write(b"abc")
+        await one.taken(3)
+    one.close()
+
+
+async def test_an_input_ends_when_it_may(path: str) -> None:
+    one = Input(path, wide=True)
+    async with asyncio.timeout(SOON):
+        for data in (b"early", b"late"):
+            await asyncio.to_thread(Path(path).write_bytes, data)
+            assert await one.read() == data
+        reading = asyncio.create_task(one.read())
+        done, _ = await asyncio.wait((reading,), timeout=0.02)
+        assert not done
+        one.let_end()
+        assert await reading == b""
+    one.close()
+
+
+@pytest.mark.parametrize("kind", [Input, Output])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "stdio: {0}: Is a directory"),
+        ("/none", "stdio: {0}/none: No such file or directory"),
+        ("/a\0b", "stdio: '{0}/a\\x00b': embedded null byte"),
+    ],
+)
+async def test_refusals_leave_nothing_open(
+    tmp_path: Path, kind: type[Input] | type[Output], name: str, message: str
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ShimError) as refused:
+        kind(f"{tmp_path}{name}", wide=True)
+    assert refused.value.message == message.format(tmp_path)
+    assert os.listdir("/proc/self/fd") == before
