@@ -120,12 +120,11 @@ class Containers:
         return Empty()
 
     async def wait_process(self, request: agent_pb2.WaitProcessRequest) -> agent_pb2.WaitProcessResponse:
-        """Answer the exit code, or 128 + signal, once the process has ended, and after all that it wrote."""
+        """Answer the exit code, or 128 + signal, once the process has ended and what it wrote is read."""
         container = self._find(request.container_id)
         process = container.process(request.exec_id)
         status = await asyncio.shield(process.exited)
-        for pipe in process.streams.output.values():
-            await pipe.read_up()
+        await asyncio.gather(*(pipe.read_up() for pipe in process.streams.output.values()))
         process.waited = True
         self._forget_if_done(container, request.exec_id)
         return agent_pb2.WaitProcessResponse(status=status)

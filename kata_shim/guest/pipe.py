@@ -6,6 +6,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import select
 import termios
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from kata_shim.errors import ShimError
 MUCH = 16 << 10  # bytes in one answer; more than who types or prints a line sees
 GATHERING = 0.003  # seconds
 GATHERINGS = 3  # one after another, as long as there is not half an answer to read
-PATIENCE = 2.0  # seconds without a byte read, after which a reader is not waited for
+PATIENCE = 0.25  # seconds without a byte read, after which a reader is not waited for
 
 _INT = Struct("i")
 
@@ -69,7 +70,10 @@ class Pipe:
             return b""
 
     async def read_up(self) -> None:
-        """Wait until what there is to read by now has been; not for who reads nothing for PATIENCE."""
+        """Wait until what there is to read by now has been; not for who reads nothing for PATIENCE.
+
+        The shim, which may itself wait for somebody, then asks on.
+        """
         end = self._count + (0 if self.closed else self._available())
         with suppress(TimeoutError):
             while not self.closed and self._count < end:
@@ -85,6 +89,9 @@ class Pipe:
 
     def _available(self) -> int:
         """Return how many bytes there are to read."""
+        look = select.poll()
+        look.register(self._fd, select.POLLIN)
+        look.poll(0)  # has a terminal hand on what its other end has just written; FIONREAD has not
         answer = fcntl.ioctl(self._fd, termios.FIONREAD, bytes(_INT.size))
         return int(_INT.unpack(answer)[0])
 

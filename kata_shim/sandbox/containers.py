@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -327,10 +326,10 @@ class Containers:
         return b""
 
     async def _attend(self, process: Process) -> None:
-        status, at = await self._wait(process), time.time_ns()
-        # Who hears of the end may close the streams at once, as `ctr` does.
-        await process.stdio.taken()
-        if process.stop(status, at):
+        status = await self._wait(process)
+        process.has_ended(status)
+        await process.stdio.taken()  # who hears of the end may close the streams at once, as `ctr` does
+        if process.stop(status):
             self.tell("exit", process)
 
     async def _wait(self, process: Process) -> int:

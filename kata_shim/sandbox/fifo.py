@@ -20,7 +20,8 @@ CHUNK = 512 * 1024  # bytes
 SIZE = 1 << 20  # bytes that who writes to a FIFO may be ahead of who reads it
 PATIENCE = 2.0  # seconds without a byte read, after which a reader is not waited for
 
-_SOON, _LATER = 0.001, 0.02  # seconds between two looks; no event tells that a FIFO is read
+# Seconds between two looks, for no event tells that a FIFO is read: the first, the others at most.
+_SOON, _LATER, _AT_TIMES = 0.001, 0.02, 0.5
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 _INT = Struct("i")
 
@@ -106,8 +107,9 @@ class Output(_Ends):
     """Where a process's output goes. A `wide` FIFO is to hold much: nobody looks at it line by line."""
 
     def __init__(self, path: str, *, wide: bool) -> None:
-        super().__init__(path, output=True, wide=wide)
         self._written = 0
+        self._ending: asyncio.TimerHandle | None = None
+        super().__init__(path, output=True, wide=wide)
 
     async def write(self, data: bytes) -> None:
         """Write all of it; what cannot be written is lost, which the log tells."""
@@ -126,24 +128,32 @@ class Output(_Ends):
 
     async def taken(self, count: int) -> None:
         """Wait until so many bytes in all have been read; not where nobody reads, or nothing for PATIENCE."""
-        pause, before, since = _SOON, -1, 0.0
-        while self._is_fifo and self._reading >= 0 and (read := self._written - self._unread()) < count:
+        pause, before, since = _SOON, None, 0.0
+        while self._is_fifo and self._writing >= 0 and (read := self._written - self._unread()) < count:
             if read != before:
                 before, since = read, self._loop.time()
             elif self._loop.time() - since > PATIENCE:
                 return
-            if self._writing >= 0 and not self._is_read():
+            if not self._is_read():
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LATER)
 
-    def end(self) -> None:
-        """Let who reads read the end; where nobody does, what is unread is kept until `close`."""
-        if not self._is_fifo or self._is_read():
-            self._close_writing()
+    def end(self, pause: float = _SOON) -> None:
+        """Let the end be read after all that was written, which is kept for who comes late, until `close`."""
+        if self._is_fifo and self._unread():
+            self._ending = self._loop.call_later(pause, self.end, min(2 * pause, _AT_TIMES))
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close it; nobody may wait for it any more."""
+        super().close()
+        if self._ending is not None:
+            self._ending.cancel()
 
     def _unread(self) -> int:
-        return int(_INT.unpack(fcntl.ioctl(self._reading, termios.FIONREAD, bytes(_INT.size)))[0])
+        return int(_INT.unpack(fcntl.ioctl(self._writing, termios.FIONREAD, bytes(_INT.size)))[0])
 
     def _is_read(self) -> bool:
         """Whether somebody else has the FIFO open to read, which ours hides."""
@@ -151,7 +161,7 @@ class Output(_Ends):
         look = select.poll()
         look.register(self._writing, 0)  # an end that nobody reads is in error, as a pipe's
         found = look.poll(0)
-        with suppress(OSError):  # there are too many open; what nobody reads is lost then
+        with suppress(OSError):  # there are too many open; the next look may have it again
             self._reading = os.open(_again(self._writing), os.O_RDONLY | _FLAGS)
         return not found
 

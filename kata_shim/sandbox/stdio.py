@@ -12,6 +12,9 @@ from typing import Protocol
 from kata_shim.errors import ShimError, invalid
 from kata_shim.sandbox.fifo import Input, Output
 
+IN_GUEST = 1 << 20  # bytes that wait there at most, once no more are asked for
+MORE = 0.1  # seconds in which the guest has some of that here
+
 Read = Callable[[], Awaitable[bytes]]
 
 
@@ -93,9 +96,13 @@ class Stdio:
             await asyncio.wait(self._moving, timeout=timeout)
 
     async def taken(self) -> None:
-        """Wait until what has come so far has been read by whoever reads the outputs, if anybody does."""
+        """Wait until what a process wrote that has ended is read by who reads the outputs, if anybody does.
+
+        What others write, who have its outputs and live on, is not waited for.
+        """
+        ends = zip(self._output.items(), self._moving, strict=False)
         await asyncio.gather(
-            *(sink.taken(self._came[name]) for name, sink in self._output.items() if sink is not None)
+            *(self._taken(name, sink, moving) for (name, sink), moving in ends if sink is not None)
         )
 
     def let_stdin_end(self) -> None:
@@ -113,6 +120,20 @@ class Stdio:
         for end in (self._input, *self._output.values()):
             if end is not None:
                 end.close()
+
+    async def _taken(self, name: str, sink: Sink, moving: asyncio.Task[None]) -> None:
+        """Wait until a sink's has been read.
+
+        Who reads slowly has some of it wait in the guest, where others' may follow it without end.
+        """
+        most = self._came[name] + IN_GUEST
+        before = -1
+        while before < self._came[name]:
+            before = self._came[name]
+            await sink.taken(before)
+            if before >= most:
+                return
+            await asyncio.wait((moving,), timeout=MORE)  # until its end, if it comes
 
     async def _drain(self, name: str, sink: Sink | None, read: Read) -> None:
         async def more() -> bytes:

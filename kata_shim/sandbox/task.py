@@ -32,17 +32,23 @@ class Process:
         self.starting: asyncio.Task[None] | None = None
         self.waiter: asyncio.Task[None] | None = None
         self.spec: dict[str, Any] = {}
+        self._end: tuple[int, int] | None = None
 
     @property
     def in_guest(self) -> str:
         """The process's exec_id in the guest."""
         return self.exec_id or self.container_id
 
-    def stop(self, status: int, at: int = 0) -> bool:
-        """Note the end, which was `at` that time, or now; False where it was known."""
+    def has_ended(self, status: int) -> None:
+        """Note how and when it ended, which is not to be told yet."""
+        self._end = (status, time.time_ns())
+
+    def stop(self, status: int) -> bool:
+        """Let it be over, with `status` unless it ended before; False where that was known."""
         if self.state == "stopped":
             return False
-        self.state, self.exit_status, self.exited_at = "stopped", status, at or time.time_ns()
+        self.state = "stopped"
+        self.exit_status, self.exited_at = self._end or (status, time.time_ns())
         self.exited.set()
         return True
 

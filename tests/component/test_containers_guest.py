@@ -354,6 +354,30 @@ async def test_an_end_is_told_once_the_output_is_read(guest: Guest, containers: 
         await containers.delete("d", "")
 
 
+async def test_an_end_that_is_not_told_yet_is_the_processs_own(guest: Guest, containers: Containers) -> None:
+    """Also where the machine ends before it is told."""
+    started, asked = asyncio.Event(), asyncio.Event()
+
+    class Sink(Nowhere):
+        async def taken(self, count: int) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+    async def end() -> Message:
+        await started.wait()
+        return agent_pb2.WaitProcessResponse(status=3)
+
+    guest.answers["WaitProcess"] = end
+    spec = oci.default_spec("/", ["x"], [], "", terminal=False)
+    async with asyncio.timeout(SOON):
+        await containers.create_of("d", spec, "/", (), lambda: Stdio(None, Sink(), None, terminal=False))
+        process = await containers.start("d", "")
+        started.set()
+        await asked.wait()
+        containers.machine_ended()
+    assert (process.state, process.exit_status) == ("stopped", 3)
+
+
 async def test_one_that_ends_while_it_is_paused(
     guest: Guest, containers: Containers, told: list[str]
 ) -> None:

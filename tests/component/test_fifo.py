@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kata_shim.agent_containers import CHUNK
 from kata_shim.errors import ShimError
+from kata_shim.guest import pipe as guest_pipe
+from kata_shim.guest.process import PIPE_SIZE
 from kata_shim.sandbox import fifo
 from kata_shim.sandbox.fifo import Input, Output
+from kata_shim.sandbox.stdio import by_paths
 
 pytestmark = pytest.mark.quick
 
@@ -33,11 +39,40 @@ async def output(path: str) -> AsyncIterator[Output]:
     one.close()
 
 
+class Closed:
+    """A process's stdin that it does not read."""
+
+    async def write(self, data: bytes) -> None:
+        """Take nothing."""
+        raise ShimError("failed-precondition", "closed")
+
+    async def close(self) -> None:
+        """It is."""
+
+    def abandon(self) -> None:
+        """Nobody waits."""
+
+
 @contextmanager
 def reader(path: str) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     yield fd
     os.close(fd)
+
+
+async def rest(fd: int) -> bytes:
+    """What is to be read until the end."""
+    got = b""
+    loop = asyncio.get_running_loop()
+    while True:
+        there = asyncio.Event()
+        loop.add_reader(fd, there.set)
+        await there.wait()
+        loop.remove_reader(fd)
+        piece = os.read(fd, 1 << 16)
+        if not piece:
+            return got
+        got += piece
 
 
 async def still_waits(task: asyncio.Task[None]) -> bool:
@@ -89,28 +124,46 @@ async def test_after_the_end_too(path: str, output: Output) -> None:
         output.end()
         waiting = asyncio.create_task(output.taken(3))
         assert await still_waits(waiting)
-        assert (os.read(fd, 10), os.read(fd, 10)) == (b"abc", b"")
+        assert await rest(fd) == b"abc"
         await waiting
 
 
 async def test_nobody_is_not_waited_for_and_misses_nothing(path: str, output: Output) -> None:
+    """As containerd's CRI plugin does after a restart: it reads the end before it deletes."""
     await output.write(b"abc")
     output.end()
     await output.taken(3)
     with reader(path) as late:
-        assert os.read(late, 10) == b"abc"
-        with pytest.raises(BlockingIOError):
-            os.read(late, 10)
-        output.close()
-        assert os.read(late, 10) == b""
+        assert await rest(late) == b"abc"
 
 
-async def test_who_goes_is_not_waited_for(path: str, output: Output) -> None:
-    with reader(path):
-        await output.write(b"abc")
-        waiting = asyncio.create_task(output.taken(3))
+async def test_who_goes_is_not_waited_for_and_another_misses_nothing(path: str, output: Output) -> None:
+    with reader(path) as fd:
+        await output.write(b"abcdef")
+        output.end()
+        waiting = asyncio.create_task(output.taken(6))
         assert await still_waits(waiting)
+        assert os.read(fd, 3) == b"abc"
     await waiting
+    with reader(path) as late:
+        assert await rest(late) == b"def"
+
+
+async def test_an_end_that_nobody_has_read_is_closed_with_the_rest(path: str) -> None:
+    before = os.listdir("/proc/self/fd")
+    one = Output(path, wide=True)
+    await one.write(b"abc")
+    one.end()
+    one.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def test_an_end_that_all_have_read_leaves_nothing_open(path: str) -> None:
+    before = os.listdir("/proc/self/fd")
+    one = Output(path, wide=True)
+    await one.write(b"")
+    one.end()
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_who_reads_nothing_is_not_waited_for_without_end(
@@ -140,7 +193,7 @@ async def test_one_that_was_removed_is_the_same(path: str, output: Output) -> No
         waiting = asyncio.create_task(output.taken(3))
         assert await still_waits(waiting)
         output.end()
-        assert (os.read(fd, 10), os.read(fd, 10)) == (b"abc", b"")
+        assert await rest(fd) == b"abc"
         await waiting
 
 
@@ -175,6 +228,41 @@ async def test_an_input_ends_when_it_may(path: str) -> None:
         one.let_end()
         assert await reading == b""
     one.close()
+
+
+async def test_who_reads_slowly_has_all(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though some of it is still in the guest, whose patience has ended, when the process has."""
+    monkeypatch.setattr(guest_pipe, "PATIENCE", 0)
+    data = os.urandom(fifo.SIZE + PIPE_SIZE + 3 * CHUNK)
+    theirs, ours = os.pipe()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    pipe = guest_pipe.Pipe(theirs)
+
+    def process() -> None:
+        with open(ours, "wb") as stream:
+            stream.write(data)
+
+    async def nothing() -> bytes:
+        return b""
+
+    streams = by_paths("", path, "", terminal=False)
+    got = 0
+    with reader(path) as fd:
+        async with asyncio.timeout(SOON):
+            streams.begin({"stdout": partial(pipe.read, CHUNK), "stderr": nothing}, Closed())
+            ended = asyncio.create_task(asyncio.to_thread(process))
+            while not ended.done():
+                with suppress(BlockingIOError):
+                    got += len(os.read(fd, 1 << 16))
+                await asyncio.sleep(0)
+            await pipe.read_up()
+            taken = asyncio.create_task(streams.taken())
+            while not taken.done():
+                with suppress(BlockingIOError):
+                    got += len(os.read(fd, 1 << 12))
+                await asyncio.sleep(0)
+        assert got == len(data)
+    await streams.close()
 
 
 @pytest.mark.parametrize("kind", [Input, Output])

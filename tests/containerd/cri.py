@@ -140,6 +140,14 @@ class Pod:
         lines = Path(self.config.log_directory, f"{name}.log").read_text().splitlines()
         return [line.split(" ", 3) for line in lines]
 
+    def await_log(self, name: str, count: int) -> list[list[str]]:
+        """The same, once it has so many lines: a plugin that has just started may tell of an end before."""
+        deadline = time.monotonic() + PATIENCE
+        while len(lines := self.log(name)) < count:
+            assert time.monotonic() < deadline, lines
+            select.select([], [], [], LOOK)
+        return lines
+
 
 @dataclass
 class Kubelet:

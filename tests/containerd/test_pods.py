@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,7 +12,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kata_shim.ttrpc.client import Client
 from tests.containerd import api_pb2 as api
+from tests.containerd.caller import call
 from tests.containerd.cri import HANDLER, Kubelet
 from tests.support import Result, Runtime
 from tests.system.network import address, nic
@@ -288,6 +291,28 @@ def test_containerd_is_restarted(own_node: Kubelet) -> None:
     node.cri("StopContainer", container_id=container, timeout=30)
     assert pod.await_end(container).exit_code == 137
     assert [line[3] for line in pod.log("c")] == ["before", "after"]
+
+
+def test_a_container_ends_while_there_is_no_containerd(own_node: Kubelet, runtime: Runtime) -> None:
+    """What it wrote then is in its log all the same: the plugin reads to the end, then deletes the task."""
+    node, pod = own_node, own_node.run("a")
+    script = "echo before; until [ -e /tmp/end ]; do sleep 0.1; done; echo after; exit 3"
+    container = pod.start("c", "/bin/sh", "-c", script)
+    (address,) = node.ctr.directory.glob(f"state/*/*/{pod.id}/address")
+    socket = address.read_text().removeprefix("unix://")
+    node.ctr.stop()
+    assert runtime("exec", container, "--", "/bin/sh", "-c", "echo >/tmp/end").status == 0
+
+    async def ended() -> int:
+        async with await Client.connect(socket) as client:
+            return int((await call(client, "Wait", id=container)).exit_status)
+
+    assert asyncio.run(ended()) == 3
+    node.ctr.start()
+    node.cri.await_start()
+    assert pod.await_end(container).exit_code == 3
+    assert [line[3] for line in pod.await_log("c", 2)] == ["before", "after"]
+    node.cri("RemoveContainer", container_id=container)
 
 
 def test_three_pods_at_once(node: Kubelet) -> None:
