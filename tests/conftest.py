@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Runtime, World, leftovers, settle, shipped
+from tests.support import Runtime, World, left_behind, leftovers, settle, shipped
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
@@ -55,9 +55,8 @@ def nothing_left_behind(root: Path) -> Iterator[None]:
     """Fail a test that leaves a process, network device, namespace, mount, claim or sandbox behind."""
     before = leftovers(root)
     yield
-    settle(root, but=before.processes)
-    after = leftovers(root)
-    assert after.beyond(before) == World(), f"left behind: {after.beyond(before)}"
+    left = left_behind(root, before)
+    assert left == World(), f"left behind: {left}"
 
 
 @pytest.fixture(scope="session")

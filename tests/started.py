@@ -134,3 +134,12 @@ class Ended:
 def taken(started: float) -> float:
     """Return the seconds since `started`, a time.monotonic()."""
     return time.monotonic() - started
+
+
+def resident(pid: int) -> int:
+    """The resident memory of a process in bytes, without what is a file's: that comes and goes by itself."""
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("RssAnon:")
+    )

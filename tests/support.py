@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 BIN = Path(sys.executable).parent
 PROJECT = Path(__file__).resolve().parent.parent
-ENDING = 5.0  # seconds
+ENDING = 60.0  # seconds
 TASK_SOCKETS = "/run/containerd/s"  # of shims that containerd, or a test in its place, has started
 
 
@@ -179,6 +180,15 @@ def settle(root: Path, but: frozenset[str] = frozenset()) -> None:
             descriptor = os.pidfd_open(int(process.split()[0]))
             select.select([descriptor], [], [], ENDING)
             os.close(descriptor)
+
+
+def left_behind(root: Path, before: World) -> World:
+    """Return what is here and was not there before, once it had time to go: a tap outlives its QEMU."""
+    settle(root, but=before.processes)
+    deadline = time.monotonic() + ENDING
+    while (left := leftovers(root).beyond(before)) != World() and time.monotonic() < deadline:
+        select.select([], [], [], 0.05)
+    return left
 
 
 def _list(directory: str) -> list[str]:

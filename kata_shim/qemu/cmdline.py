@@ -112,14 +112,20 @@ def default_cpu_model(accelerator: str) -> str:
 
 
 def _machine(spec: MachineSpec) -> list[str]:
-    properties: dict[str, Value] = {"accel": spec.accelerator}
     memory = _memory(spec)
-    if memory:
-        properties["memory-backend"] = "mem"
+    properties: dict[str, Value] = {"memory-backend": "mem"} if memory else {}
     extra = ",".join(word.strip() for word in spec.machine_accelerators.split(",") if word.strip())
     machine = keyval(spec.topology.machine_type, properties) + (f",{extra}" if extra else "")
-    argv = ["-machine", machine, "-cpu", spec.cpu_model or default_cpu_model(spec.accelerator)]
+    argv = ["-machine", machine, "-accel", _accelerator(spec)]
+    argv += ["-cpu", spec.cpu_model or default_cpu_model(spec.accelerator)]
     return [*argv, "-smp", _vcpus(spec), "-m", _memory_size(spec), *memory]
+
+
+def _accelerator(spec: MachineSpec) -> str:
+    # With a thread for each CPU one can go on with what TCG has translated of code that another one has
+    # changed since: a guest's kernel that patches itself (a static key) may hang then (QEMU 7.2).
+    shared = spec.accelerator == "tcg" and max(spec.default_vcpus, spec.max_vcpus) > 1
+    return "tcg,thread=single" if shared else spec.accelerator
 
 
 def _vcpus(spec: MachineSpec) -> str:

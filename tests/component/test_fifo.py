@@ -25,6 +25,12 @@ pytestmark = pytest.mark.quick
 SOON = 20.0  # seconds; far more than anything here takes
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have readers be waited for as long as a test may take."""
+    monkeypatch.setattr(fifo, "PATIENCE", SOON)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     os.mkfifo(tmp_path / "fifo")

@@ -158,7 +158,7 @@ async def test_garbage_for_a_greeting_is_one_clear_error(tmp_path: Path, said: b
 
     async with await asyncio.start_unix_server(serve, tmp_path / "qmp.sock"):
         with pytest.raises(ShimError, match=r"QEMU's monitor .*qmp\.sock: ") as caught:
-            await Monitor.connect(tmp_path / "qmp.sock", timeout=2)
+            await Monitor.connect(tmp_path / "qmp.sock", timeout=60)
     assert caught.value.code == "unavailable"
     assert "\n" not in caught.value.message
 
@@ -179,7 +179,7 @@ async def test_garbage_later_ends_every_wait(tmp_path: Path, said: bytes) -> Non
         writer.close()
 
     async with await asyncio.start_unix_server(serve, tmp_path / "qmp.sock"):
-        monitor = await Monitor.connect(tmp_path / "qmp.sock", timeout=2)
+        monitor = await Monitor.connect(tmp_path / "qmp.sock", timeout=60)
         with pytest.raises(ShimError, match="broke off") as caught:
             await monitor.execute("query-status")
         assert "\n" not in caught.value.message
@@ -212,7 +212,7 @@ async def test_a_malformed_reply_fails_only_its_caller(tmp_path: Path) -> None:
         writer.close()
 
     async with await asyncio.start_unix_server(serve, tmp_path / "qmp.sock"):
-        monitor = await Monitor.connect(tmp_path / "qmp.sock", timeout=2)
+        monitor = await Monitor.connect(tmp_path / "qmp.sock", timeout=60)
         for _ in range(2):
             with pytest.raises(ShimError, match="QEMU, query-status: ") as caught:
                 await monitor.execute("query-status")

@@ -60,7 +60,7 @@ class Cri:
     def __call__(self, method: str, **fields: Any) -> Any:
         """Call a method; raises grpc.RpcError."""
         request, call = self._methods[method]
-        return call(request(**fields), timeout=TIMEOUT)
+        return call(request(**fields), timeout=TIMEOUT, wait_for_ready=True)
 
     def await_start(self) -> None:
         """Wait until a containerd that answers serves pods, too: it tells nobody either."""
@@ -141,7 +141,7 @@ class Pod:
         return [line.split(" ", 3) for line in lines]
 
     def await_log(self, name: str, count: int) -> list[list[str]]:
-        """The same, once it has so many lines: a plugin that has just started may tell of an end before."""
+        """The same, once it has so many lines: an end may be told before the last one is written."""
         deadline = time.monotonic() + PATIENCE
         while len(lines := self.log(name)) < count:
             assert time.monotonic() < deadline, lines

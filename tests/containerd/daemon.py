@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.support import BIN, Call, Result, environment
 
 RUNTIME = "io.containerd.kata.v2"
-PATIENCE = 60.0  # seconds
+PATIENCE = 180.0  # seconds; the first sandbox of a configuration makes its template
 LOOK = 0.1  # seconds until an event is published again that was not heard
 OF_THE_HOST = 'msg="DEPRECATION: '  # what a later ctr says of the host, as that its cgroups are version 1
 PROBE = " /namespaces/update "  # its topic
@@ -30,6 +30,11 @@ disabled_plugins = [{disabled}]
 address = "{directory}/containerd.sock"
 [ttrpc]
 address = "{directory}/containerd.sock.ttrpc"
+[timeouts]
+"io.containerd.timeout.shim.cleanup" = "60s"
+"io.containerd.timeout.shim.load" = "60s"
+"io.containerd.timeout.shim.shutdown" = "60s"
+"io.containerd.timeout.task.state" = "60s"
 [plugins."io.containerd.runtime.v1.linux"]
 no_shim = true
 """

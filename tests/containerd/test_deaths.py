@@ -26,7 +26,7 @@ from tests.rootfs import make_rootfs
 from tests.started import PATIENCE, kill, opened, shims, taken, watched
 from tests.support import BIN, Call, Runtime, shipped
 
-TRUTH = 5.0  # seconds until containerd knows
+TRUTH = 15.0  # seconds until containerd knows; on a quiet machine 0.5 to 2.4
 MOMENTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)  # seconds after the shim's start; 0.6 is what a container takes
 CRASH = """
 for line in open("/proc/1/maps"):
@@ -299,6 +299,7 @@ def test_shim_is_killed_while_a_container_is_created(
     started = time.monotonic()
     while "already exists" in (again := mortal.run(marked, "c", "/bin/true")).stderr:
         assert taken(started) < PATIENCE, again
+        mortal.remove("c")  # which ctr could not while there was a task
     assert again.status == 0, again
     assert mortal.tasks() == {}
 

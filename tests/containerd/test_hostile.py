@@ -22,7 +22,7 @@ from kata_shim.ttrpc.client import Client
 from tests.containerd.caller import Caller, call
 from tests.containerd.pod import Shim as Connection
 from tests.containerd.pod import pod
-from tests.started import PATIENCE, opened
+from tests.started import PATIENCE, opened, resident
 from tests.support import shipped
 
 FLOOD = 64 << 20  # bytes
@@ -53,8 +53,8 @@ class Shim(Connection):
 
     @property
     def resident(self) -> int:
-        """The shim's resident memory in bytes."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """The shim's own memory in bytes."""
+        return resident(self.pid)
 
 
 @pytest.fixture

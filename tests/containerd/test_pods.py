@@ -97,7 +97,7 @@ def test_logs(node: Kubelet) -> None:
     assert (status.state, status.exit_code, status.reason) == (api.CONTAINER_EXITED, 5, "Error")
     assert status.finished_at >= status.started_at
     assert status.log_path == f"{pod.config.log_directory}/c.log"
-    lines = pod.log("c")
+    lines = pod.await_log("c", 3)
     assert all(TIME.fullmatch(line[0]) for line in lines), lines
     by_stream = [[line[2:] for line in lines if line[1] == stream] for stream in ("stdout", "stderr")]
     assert by_stream == [[["F", "one"], ["P", "three"]], [["F", "two"]]]
@@ -290,7 +290,7 @@ def test_containerd_is_restarted(own_node: Kubelet) -> None:
     assert pod.exec(container, "/bin/sh", "-c", "echo after >/proc/1/fd/1; echo here") == (0, "here\n", "")
     node.cri("StopContainer", container_id=container, timeout=30)
     assert pod.await_end(container).exit_code == 137
-    assert [line[3] for line in pod.log("c")] == ["before", "after"]
+    assert [line[3] for line in pod.await_log("c", 2)] == ["before", "after"]
 
 
 def test_a_container_ends_while_there_is_no_containerd(own_node: Kubelet, runtime: Runtime) -> None:

@@ -21,7 +21,7 @@ from kata_shim import __version__
 from kata_shim.errors import ShimError
 from kata_shim.ttrpc.client import Client
 from tests.containerd.caller import SERVICE, SHIM, Caller, call
-from tests.started import PATIENCE
+from tests.started import PATIENCE, resident
 from tests.support import Result, shipped
 
 pytestmark = pytest.mark.quick
@@ -279,11 +279,6 @@ async def test_thousands_of_requests_at_once(listening: Path) -> None:
     assert codes <= {"resource-exhausted", "failed-precondition", "not-found"}
     assert "resource-exhausted" in codes
     assert resident(shim) < before + (32 << 20)
-
-
-def resident(pid: int) -> int:
-    """The resident memory of a process in bytes."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def _until_closed(reader: asyncio.StreamReader) -> bytes:

@@ -112,7 +112,7 @@ async def test_a_guest_that_keeps_the_device(sandbox: Live, monkeypatch: pytest.
     network, monitor = sandbox.network, sandbox.monitor
     before = await sandbox.world()
     await network.add(GIVEN)
-    monkeypatch.setattr(sandbox.machine.nics, "_patience", hands.SILENCE)
+    monkeypatch.setattr(sandbox.machine.nics, "_patience", 4 * hands.SILENCE)
     async with monitor.events("DEVICE_DELETED") as events:
         await monitor.execute("stop")
         for _ in range(2):
@@ -136,7 +136,7 @@ async def test_a_guest_that_keeps_what_is_taken_back(
     """An add that can be undone only in part keeps the rest on record; the next add or del ends it."""
     network, monitor = sandbox.network, sandbox.monitor
     before = await sandbox.world()
-    monkeypatch.setattr(sandbox.machine.nics, "_patience", hands.SILENCE)
+    monkeypatch.setattr(sandbox.machine.nics, "_patience", 4 * hands.SILENCE)
     await monitor.execute("stop")
     with pytest.raises(ShimError, match=r"no answer to .*UpdateInterface within") as failure:
         await network.add(GIVEN)

@@ -19,10 +19,10 @@ from kata_shim.ttrpc import link
 from kata_shim.ttrpc.envelope_pb2 import Request
 from kata_shim.ttrpc.wire import REQUEST, Frame, encode
 from tests.started import kill, shims
-from tests.support import Guest, Result, Runtime, leftovers, settle
+from tests.support import Guest, Result, Runtime, left_behind, leftovers
 from tests.system.network import agree, booted
 
-OPEN_TIMEOUT = 5.0
+OPEN_TIMEOUT = 60.0
 BOOT_ID = ["cat", "/proc/sys/kernel/random/boot_id"]
 QUESTIONS = 3  # in a row on one channel
 
@@ -38,8 +38,7 @@ def guest(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         # The next shim finds the guest as it was.
         agree(guest)
         assert guest.run("true") == Result(0, "", "")
-    settle(own.root)
-    assert not leftovers(own.root).beyond(before).processes
+    assert not left_behind(own.root, before).processes
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.started import PATIENCE, taken
+from tests.started import PATIENCE, resident, taken
 from tests.support import Guest, Result
 
 BULK = 10 * 1024 * 1024
@@ -130,21 +130,16 @@ def test_output_waits_for_a_slow_reader(guest: Guest) -> None:
     with guest.runtime.start("exec", guest.id, "--", "head", "-c", str(FLOOD), "/dev/zero") as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"\0"
-        before = [_memory(pid) for pid in (shim, process.pid)]
+        before = [resident(pid) for pid in (shim, process.pid)]
         for _ in range(5):
             assert guest.run("echo", "served").stdout == "served\n"
         assert running(guest, f"head -c {FLOOD}"), "it has been written out to nobody"
-        after = [_memory(pid) for pid in (shim, process.pid)]
+        after = [resident(pid) for pid in (shim, process.pid)]
         assert all(now - then < SLACK for now, then in zip(after, before, strict=True)), (before, after)
         received = 1
         while chunk := process.stdout.read(1 << 20):
             received += len(chunk)
         assert (received, process.wait(PATIENCE)) == (FLOOD, 0)
-
-
-def _memory(pid: int) -> int:
-    with open(f"/proc/{pid}/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 
 
 def test_reader_that_leaves_ends_the_command(guest: Guest) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,7 +386,8 @@ def test_a_shim_killed_while_it_takes(factory: Factory, own: Runtime) -> None:
         with watched(start.pid) as ended:
             ended(chance.uniform(0, longest))
         for pid in shims(own.root, "a"):
-            kill(pid)
+            with suppress(ProcessLookupError):  # it has just ended by itself
+                kill(pid)
         start.communicate(timeout=PATIENCE)
         delete(own, "a")
     status = factory.until_full()

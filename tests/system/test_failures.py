@@ -271,7 +271,7 @@ def _until_claimed(runtime: Runtime, process: subprocess.Popen[bytes]) -> None:
 
 def test_qemu_that_stands_still(configured: Callable[..., Runtime]) -> None:
     """Nobody waits for ever: the operation gives up in words, and works when QEMU goes on."""
-    runtime = configured(hotplug_timeout=2)
+    runtime = configured(hotplug_timeout=8)
     with booted(runtime) as guest:
         pid = runtime("state", "fail").json["pid"]
         os.kill(pid, signal.SIGSTOP)

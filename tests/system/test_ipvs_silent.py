@@ -29,7 +29,7 @@ from tests.started import PATIENCE, write_config
 from tests.system.ipvs import many
 
 CHUNK = 256  # rules in a message, in the place of many more: a few rules are more than one then
-ANSWER = 3.0  # seconds that a call has, in the place of the 15 of a shim
+ANSWER = 8.0  # seconds that a call has, in the place of the 15 of a shim
 SHARE = 14  # kills that are asked for, for each moment of each change
 RULES = [rule.command for rule in parse_rules(many(30, 49))]
 BEFORE = [rule.command for rule in parse_rules(many(20, 30))]
@@ -95,7 +95,9 @@ async def stopped(sandbox: Live, ipvs: Ipvs, name: str, chance: random.Random) -
     async def tell(done: int, total: int) -> None:
         # One message may be under way by now.
         if moment * (total - 2 * CHUNK) <= done < total - CHUNK:
-            os.kill(sandbox.sandbox.record.pid, signal.SIGSTOP)
+            pid = sandbox.sandbox.record.pid
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
     async with going_on(sandbox):
         with pytest.raises(ShimError) as caught:

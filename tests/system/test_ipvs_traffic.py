@@ -226,6 +226,7 @@ def tracked(guest: Guest) -> Iterator[Guest]:
         table += f"-A -t {virtual}:21 -s rr\n-a -t {virtual}:21 -r {server}:21 -m\n"
     assert ipvsadm_restore(guest, table) == DONE
     assert guest.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/vs/conntrack") == DONE
+    assert guest.run("sh", "-c", "echo 600 > /proc/sys/net/netfilter/nf_conntrack_udp_timeout") == DONE
     yield guest
     assert guest.run("sh", "-c", "echo 0 > /proc/sys/net/ipv4/vs/conntrack") == DONE
     assert guest.run("conntrack", "-F").status == 0

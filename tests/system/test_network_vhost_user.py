@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from kata_shim.contract.interface import parse_interface
 from tests.live import live
-from tests.started import write_config
+from tests.started import PATIENCE, taken, write_config
 from tests.support import Guest, Runtime
 from tests.system.network import (
     address,
@@ -74,9 +75,10 @@ def answered(path: Path, queues: str = "") -> str:
 
 def ping(guest: Guest) -> None:
     """Ping the host's end from the guest; the link may flip for two seconds while the switch sets up."""
-    told = guest.run("ping", "-c", "3", "-i", "0.2", "-w", "30", "-s", "1400", HOST)
-    assert told.status == 0, told
-    assert "0% packet loss" in told.stdout
+    started = time.monotonic()
+    command = ("ping", "-c", "3", "-i", "0.2", "-s", "1400", HOST)
+    while " 0% packet loss" not in (told := guest.run(*command)).stdout:
+        assert taken(started) < PATIENCE, told
 
 
 @pytest.mark.parametrize(("queues", "shown"), [(None, ""), (1, ',"queues":1'), (2, ',"queues":2')])
@@ -114,8 +116,7 @@ def test_mtu_and_address_can_be_changed(guest: Guest, directory: Path) -> None:
         assert (changed.status, changed.json["mtu"]) == (0, 1400)
         agree(guest)
         assert addresses(guest)["eth1"]["mtu"] == 1400
-        told = guest.run("ping", "-c", "2", "-w", "30", HOST)
-        assert told.status == 0, told
+        ping(guest)
         assert guest.network("del-iface", given) == done("null")
 
 

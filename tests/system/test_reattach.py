@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.started import PATIENCE, kill, shims, taken, watched
-from tests.support import Guest, Result, Runtime, leftovers, settle
+from tests.support import Guest, Result, Runtime, left_behind, leftovers
 from tests.system.network import address, agree, booted, compact, held_files, listed, nic
 
 MOMENTS = 30
@@ -34,8 +34,7 @@ def own(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     own = Runtime(tmp_path_factory.mktemp("root"), runtime.config)
     before = leftovers(own.root)
     yield own
-    settle(own.root)
-    after = leftovers(own.root).beyond(before)
+    after = left_behind(own.root, before)
     assert not after.processes | after.links | after.files, after
 
 
@@ -186,10 +185,10 @@ class Round:
             if end.status and DEAD in end.stderr:
                 assert end.stdout == "null\n", (command, end)
 
-    def wait(self, seconds: float) -> None:
-        """Let time pass; return at once when the slowest of them has ended."""
+    def wait(self, seconds: float) -> bool:
+        """Let time pass; return True at once when the slowest of them has ended."""
         with watched(self._calls["add-iface"].pid) as ended:
-            ended(seconds)
+            return ended(seconds)
 
     @property
     def cut(self) -> bool:
@@ -241,8 +240,10 @@ def test_shim_killed_at_random_moments(guest: Guest) -> None:
         for number in range(1, MOMENTS + 1):
             shim, count = shim_of(guest), taken_over(guest)
             running = Round(guest, number)
+            started = time.monotonic()
             running.start()
-            running.wait(chance.uniform(0, longest))
+            if running.wait(chance.uniform(0, longest)):
+                longest = min(longest, taken(started))  # that of the first was a bad moment's
             kill(shim)
             running.end()
             cut += running.cut

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.started import PATIENCE, Started, kill, shims, watched
-from tests.support import Guest, Result, Runtime, World, leftovers, settle
+from tests.support import Guest, Result, Runtime, World, left_behind, leftovers
 from tests.system.network import agree, nic
 
 CLONES = 20
@@ -354,8 +354,7 @@ def test_maker_killed(root: Path, own: Factory) -> None:
             kill(shim)
             assert ended(PATIENCE), "the template's QEMU outlives its maker"
         assert started.end() == 1
-    settle(root, but=before.processes)
-    assert leftovers(root).beyond(before) == World()
+    assert left_behind(root, before) == World()
     assert [path.name[:5] for path in own.path.iterdir() if path.is_dir()] == [".new-"]
     assert own.run("a") == "template"
     assert [path for path in own.path.iterdir() if path.is_dir()] == own.templates()
@@ -368,8 +367,7 @@ def test_making_is_given_up(root: Path, own: Factory, number: signal.Signals) ->
     with making(own, "a") as started:
         started.signal(number)
         assert started.end() == 130
-    settle(root, but=before.processes)
-    assert leftovers(root).beyond(before) == World()
+    assert left_behind(root, before) == World()
     assert [path for path in own.path.iterdir() if path.is_dir()] == []
     assert makers(own) == []
 

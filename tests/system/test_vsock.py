@@ -166,7 +166,7 @@ def _run_kept(nested: Nested) -> tuple[str, str]:
     outer = nested.outer
     ready = outer.runtime("exec", outer.id, "--", *watching, timeout=BOOT_TIMEOUT)
     assert ready == Result(0, "", "")
-    assert nested("run", "--detach", "kept", timeout=BOOT_TIMEOUT) == Result(0, "", "")
+    assert nested("run", "--detach", "kept", timeout=BOOT_TIMEOUT).status == 0
     why = nested.shell("cat /run/nested/sandboxes/kept/shim.log").stdout
     return str(nested("state", "kept").json["source"]), why
 

@@ -10,13 +10,16 @@ import pytest
 from tests.started import kill, shims
 from tests.support import Guest, Runtime
 from tests.system.network import address, agree, booted, done, listed, nic
-from tests.zygote import Zygote, parent, zygote
+from tests.zygote import Zygote, parent, request, zygote
 
 
 @pytest.fixture
 def one(runtime: Runtime) -> Iterator[Zygote]:
     """A zygote that forks the shims of the tests' root."""
     with zygote(runtime.root) as one:
+        with one.dial() as connection:  # a start waits a second for it and no longer: it has to be there
+            connection.sendall(request(runtime.root, "nobody", version="0"))
+            assert connection.recv(1) == b"-"
         yield one
 
 

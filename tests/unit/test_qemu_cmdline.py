@@ -69,7 +69,7 @@ def test_the_command_line_of_a_plain_sandbox() -> None:
     assert argv[0] == SPEC.path
     for flag in ("-nodefaults", "-no-user-config", "-no-reboot"):
         assert flag in argv
-    assert option(argv, "-machine") == "q35,accel=tcg,memory-backend=mem"
+    assert option(argv, "-machine") == "q35,memory-backend=mem"
     assert option(argv, "-object", "memory") == "memory-backend-memfd,id=mem,size=512M,share=on"
     assert (option(argv, "-smp"), option(argv, "-m")) == ("2", "512M")
     assert (option(argv, "-kernel"), option(argv, "-initrd")) == ("/guest/vmlinux", "/guest/initrd")
@@ -94,6 +94,23 @@ def test_vsock_takes_the_place_of_virtio_serial() -> None:
     argv = build(replace(SPEC, agent_fd=-1, guest_cid=42))
     assert option(argv, "-device", "vhost-vsock-pci").endswith("guest-cid=42")
     assert not [value for value in argv if "virtserialport" in value]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "default_vcpus", "max_vcpus", "expected"),
+    [
+        ("tcg", 1, 1, "tcg"),
+        ("tcg", 2, 2, "tcg,thread=single"),
+        ("tcg", 1, 3, "tcg,thread=single"),
+        ("tcg", 2, 0, "tcg,thread=single"),
+        ("kvm", 2, 3, "kvm"),
+    ],
+)
+def test_emulated_cpus_share_a_thread(
+    accelerator: str, default_vcpus: int, max_vcpus: int, expected: str
+) -> None:
+    spec = replace(SPEC, accelerator=accelerator, default_vcpus=default_vcpus, max_vcpus=max_vcpus)
+    assert option(build(spec), "-accel") == expected
 
 
 def test_machine_accelerators_are_trimmed_and_appended() -> None:
