@@ -17,7 +17,7 @@ from typing import Any, Self
 
 BIN = Path(sys.executable).parent
 PROJECT = Path(__file__).resolve().parent.parent
-ENDING = 60.0  # seconds
+ENDING = 30.0  # seconds
 TASK_SOCKETS = "/run/containerd/s"  # of shims that containerd, or a test in its place, has started
 
 
@@ -175,10 +175,11 @@ def leftovers(root: Path) -> World:
 
 def settle(root: Path, but: frozenset[str] = frozenset()) -> None:
     """Give processes that are not in `but` a moment to end: a shim answers the call that ends it first."""
+    deadline = time.monotonic() + ENDING
     for process in set(_processes(root)) - but:
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(int(process.split()[0]))
-            select.select([descriptor], [], [], ENDING)
+            select.select([descriptor], [], [], max(0, deadline - time.monotonic()))
             os.close(descriptor)
 
 
@@ -186,7 +187,7 @@ def left_behind(root: Path, before: World) -> World:
     """Return what is here and was not there before, once it had time to go: a tap outlives its QEMU."""
     settle(root, but=before.processes)
     deadline = time.monotonic() + ENDING
-    while (left := leftovers(root).beyond(before)) != World() and time.monotonic() < deadline:
+    while (left := leftovers(root).beyond(before)).links and time.monotonic() < deadline:
         select.select([], [], [], 0.05)
     return left
 

@@ -65,6 +65,8 @@ def matching(pattern: str, rule: str) -> Callable[[str], str]:
 def _accelerators(value: str) -> str:
     """Drop the blanks and the empty items, as the documented system does: `",, abc ,"` is `abc`."""
     items = [item.strip() for item in value.split(",")]
+    if any(item.startswith("accel=") for item in items):
+        raise BrokenRuleError("free of accel=, which `accelerator` says")
     return matching(r"[!-~]*", "a comma list of words")(",".join(item for item in items if item))
 
 

@@ -160,8 +160,8 @@ class _Output:
     async def write(self, data: bytes) -> None:
         await self._call.progress({self._stream: base64.b64encode(data).decode()})
 
-    async def taken(self, count: int) -> None:
-        pass
+    async def taken(self, count: int) -> bool:
+        return True
 
     def end(self) -> None:
         pass

@@ -194,6 +194,9 @@ class Containers:
         if process.starting is not None:
             await asyncio.wait((process.starting,))
         if process.state == "stopped":
+            if everything and not exec_id:  # others may live on, and keep its outputs open
+                with suppress(ShimError):
+                    await self._guest.signal(container_id, "", number)
             raise ShimError("not-found", f"container {container_id}: the process has ended already")
         await self._guest.signal(container_id, "" if everything else process.in_guest, number)
 
@@ -292,6 +295,7 @@ class Containers:
                 await self._guest.start(process.container_id)
         except ShimError:
             process.stop(CANNOT_RUN)
+            process.begun.set()
             await process.stdio.close()  # whoever reads or writes there waits for nothing any more
             raise
         self._begin(process)
@@ -305,6 +309,7 @@ class Containers:
             {name: partial(self._read, name, *ids) for name in ("stdout", "stderr")},
             self._guest.stdin(*ids),
         )
+        process.begun.set()
         self._watch(process)
 
     def _watch(self, process: Process) -> None:
@@ -328,6 +333,8 @@ class Containers:
     async def _attend(self, process: Process) -> None:
         status = await self._wait(process)
         process.has_ended(status)
+        if process.starting is not None:
+            await process.begun.wait()  # a quick end may be known before the start is
         await process.stdio.taken()  # who hears of the end may close the streams at once, as `ctr` does
         if process.stop(status):
             self.tell("exit", process)

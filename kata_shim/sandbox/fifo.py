@@ -126,18 +126,19 @@ class Output(_Ends):
             self._written += size
             view = view[size:]
 
-    async def taken(self, count: int) -> None:
-        """Wait until so many bytes in all have been read; not where nobody reads, or nothing for PATIENCE."""
+    async def taken(self, count: int) -> bool:
+        """Wait until so many bytes in all are read; False where nobody reads, or nothing for PATIENCE."""
         pause, before, since = _SOON, None, 0.0
         while self._is_fifo and self._writing >= 0 and (read := self._written - self._unread()) < count:
             if read != before:
                 before, since = read, self._loop.time()
             elif self._loop.time() - since > PATIENCE:
-                return
+                return False
             if not self._is_read():
-                return
+                return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LATER)
+        return True
 
     def end(self, pause: float = _SOON) -> None:
         """Let the end be read after all that was written, which is kept for who comes late, until `close`."""

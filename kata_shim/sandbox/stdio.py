@@ -12,8 +12,11 @@ from typing import Protocol
 from kata_shim.errors import ShimError, invalid
 from kata_shim.sandbox.fifo import Input, Output
 
-IN_GUEST = 1 << 20  # bytes that wait there at most, once no more are asked for
-MORE = 0.1  # seconds in which the guest has some of that here
+# What a process that has ended may have left in the guest: a pipe of it, and a piece on its way, in so many
+# pieces at most, each some time after the one before was read.
+LEFT = (1 << 20) + (768 << 10)  # bytes
+PIECES = 6
+MORE = 0.25  # seconds
 
 Read = Callable[[], Awaitable[bytes]]
 
@@ -50,8 +53,8 @@ class Sink(Protocol):
     async def write(self, data: bytes) -> None:
         """Take all of it."""
 
-    async def taken(self, count: int) -> None:
-        """Wait until so many bytes in all have been read by whoever reads them, if anybody does."""
+    async def taken(self, count: int) -> bool:
+        """Wait until so many bytes in all are read; False where nobody reads, or does no more."""
 
     def end(self) -> None:
         """All has been written."""
@@ -126,14 +129,14 @@ class Stdio:
 
         Who reads slowly has some of it wait in the guest, where others' may follow it without end.
         """
-        most = self._came[name] + IN_GUEST
-        before = -1
-        while before < self._came[name]:
+        most = self._came[name] + LEFT
+        for _ in range(PIECES):
             before = self._came[name]
-            await sink.taken(before)
-            if before >= most:
+            if not await sink.taken(before) or before >= most:
                 return
             await asyncio.wait((moving,), timeout=MORE)  # until its end, if it comes
+            if before == self._came[name]:
+                return
 
     async def _drain(self, name: str, sink: Sink | None, read: Read) -> None:
         async def more() -> bytes:

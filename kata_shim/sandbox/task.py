@@ -30,6 +30,7 @@ class Process:
         self.exited_at = 0
         self.exited = asyncio.Event()
         self.starting: asyncio.Task[None] | None = None
+        self.begun = asyncio.Event()  # the guest has started it, or could not
         self.waiter: asyncio.Task[None] | None = None
         self.spec: dict[str, Any] = {}
         self._end: tuple[int, int] | None = None

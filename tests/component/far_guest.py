@@ -75,8 +75,9 @@ class Nowhere:
     async def write(self, data: bytes) -> None:
         """Take it."""
 
-    async def taken(self, count: int) -> None:
+    async def taken(self, count: int) -> bool:
         """All is, at once."""
+        return True
 
     def end(self) -> None:
         """All was written."""

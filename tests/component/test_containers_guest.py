@@ -325,10 +325,10 @@ async def test_an_end_is_told_once_the_output_is_read(guest: Guest, containers: 
     counts = []
 
     class Sink(Nowhere):
-        async def taken(self, count: int) -> None:
+        async def taken(self, count: int) -> bool:
             counts.append(count)
             asked.set()
-            await read.wait()
+            return await read.wait()
 
     pieces = [b"some", b"more", b""]
 
@@ -354,14 +354,49 @@ async def test_an_end_is_told_once_the_output_is_read(guest: Guest, containers: 
         await containers.delete("d", "")
 
 
+async def test_an_end_that_is_known_before_the_start(
+    guest: Guest, containers: Containers, told: list[str]
+) -> None:
+    """Its output is read all the same, and it is told after the start."""
+    ended = asyncio.Event()
+    counts = []
+
+    class Sink(Nowhere):
+        async def taken(self, count: int) -> bool:
+            counts.append(count)
+            return True
+
+    pieces = [b"some", b""]
+
+    async def output() -> Message:
+        return agent_pb2.ReadStreamResponse(data=pieces.pop(0))
+
+    async def start() -> Message:
+        await ended.wait()
+        return Empty()
+
+    async def end() -> Message:
+        asyncio.get_running_loop().call_later(0.05, ended.set)
+        return agent_pb2.WaitProcessResponse(status=3)
+
+    spec = oci.default_spec("/", ["x"], [], "", terminal=False)
+    async with asyncio.timeout(SOON):
+        await containers.create_of("d", spec, "/", (), lambda: Stdio(None, Sink(), None, terminal=False))
+        guest.answers.update(StartContainer=start, ReadStdout=output, WaitProcess=end)
+        process = await containers.start("d", "")
+        await process.exited.wait()
+    assert (process.exit_status, counts[-1]) == (3, 4)
+    assert told[-2:] == ["start", "exit"]
+
+
 async def test_an_end_that_is_not_told_yet_is_the_processs_own(guest: Guest, containers: Containers) -> None:
     """Also where the machine ends before it is told."""
     started, asked = asyncio.Event(), asyncio.Event()
 
     class Sink(Nowhere):
-        async def taken(self, count: int) -> None:
+        async def taken(self, count: int) -> bool:
             asked.set()
-            await asyncio.Event().wait()
+            return await asyncio.Event().wait()
 
     async def end() -> Message:
         await started.wait()

@@ -16,9 +16,10 @@ from kata_shim.agent_containers import CHUNK
 from kata_shim.errors import ShimError
 from kata_shim.guest import pipe as guest_pipe
 from kata_shim.guest.process import PIPE_SIZE
-from kata_shim.sandbox import fifo
+from kata_shim.sandbox import fifo, stdio
 from kata_shim.sandbox.fifo import Input, Output
-from kata_shim.sandbox.stdio import by_paths
+from kata_shim.sandbox.stdio import Stdio, by_paths
+from tests.component.far_guest import Nowhere
 
 pytestmark = pytest.mark.quick
 
@@ -40,8 +41,7 @@ def path(tmp_path: Path) -> str:
 @pytest.fixture
 async def output(path: str) -> AsyncIterator[Output]:
     one = Output(path, wide=True)
-    async with asyncio.timeout(SOON):
-        yield one
+    yield one
     one.close()
 
 
@@ -73,7 +73,8 @@ async def rest(fd: int) -> bytes:
     while True:
         there = asyncio.Event()
         loop.add_reader(fd, there.set)
-        await there.wait()
+        async with asyncio.timeout(SOON):
+            await there.wait()
         loop.remove_reader(fd)
         piece = os.read(fd, 1 << 16)
         if not piece:
@@ -81,7 +82,7 @@ async def rest(fd: int) -> bytes:
         got += piece
 
 
-async def still_waits(task: asyncio.Task[None]) -> bool:
+async def still_waits(task: asyncio.Task[bool]) -> bool:
     """Whether it does after many more looks than it takes to see what is so."""
     done, _ = await asyncio.wait((task,), timeout=20 * fifo._SOON)
     return not done
@@ -95,7 +96,7 @@ async def test_what_nobody_has_read_is_waited_for(path: str, output: Output) -> 
         assert os.read(fd, 2) == b"ab"
         assert await still_waits(waiting)
         assert os.read(fd, 2) == b"c"
-        await waiting
+        assert await asyncio.wait_for(waiting, SOON)
 
 
 async def test_what_comes_after_that_is_not(path: str, output: Output) -> None:
@@ -106,7 +107,7 @@ async def test_what_comes_after_that_is_not(path: str, output: Output) -> None:
         assert await still_waits(waiting)
         os.read(fd, 3)
         await output.write(b"def")
-        await waiting
+        assert await asyncio.wait_for(waiting, SOON)
         assert os.read(fd, 10) == b"def"
 
 
@@ -120,7 +121,7 @@ async def test_what_does_not_fit_yet_is_waited_for(path: str, output: Output) ->
         await writing
         assert await still_waits(waiting)
         got += os.read(fd, fifo.SIZE)
-        await waiting
+        assert await asyncio.wait_for(waiting, SOON)
     assert got == data
 
 
@@ -131,14 +132,14 @@ async def test_after_the_end_too(path: str, output: Output) -> None:
         waiting = asyncio.create_task(output.taken(3))
         assert await still_waits(waiting)
         assert await rest(fd) == b"abc"
-        await waiting
+        assert await asyncio.wait_for(waiting, SOON)
 
 
 async def test_nobody_is_not_waited_for_and_misses_nothing(path: str, output: Output) -> None:
     """As containerd's CRI plugin does after a restart: it reads the end before it deletes."""
     await output.write(b"abc")
     output.end()
-    await output.taken(3)
+    assert not await output.taken(3)
     with reader(path) as late:
         assert await rest(late) == b"abc"
 
@@ -150,7 +151,7 @@ async def test_who_goes_is_not_waited_for_and_another_misses_nothing(path: str, 
         waiting = asyncio.create_task(output.taken(6))
         assert await still_waits(waiting)
         assert os.read(fd, 3) == b"abc"
-    await waiting
+    assert not await asyncio.wait_for(waiting, SOON)
     with reader(path) as late:
         assert await rest(late) == b"def"
 
@@ -178,7 +179,7 @@ async def test_who_reads_nothing_is_not_waited_for_without_end(
     monkeypatch.setattr(fifo, "PATIENCE", 0.05)
     with reader(path) as fd:
         await output.write(b"abc")
-        await output.taken(3)
+        assert not await output.taken(3)
         assert os.read(fd, 10) == b"abc"
 
 
@@ -188,7 +189,7 @@ async def test_a_closed_one_is_not_waited_for(path: str, output: Output) -> None
         waiting = asyncio.create_task(output.taken(3))
         assert await still_waits(waiting)
         output.close()
-        await waiting
+        await asyncio.wait_for(waiting, SOON)
 
 
 async def test_one_that_was_removed_is_the_same(path: str, output: Output) -> None:
@@ -200,7 +201,7 @@ async def test_one_that_was_removed_is_the_same(path: str, output: Output) -> No
         assert await still_waits(waiting)
         output.end()
         assert await rest(fd) == b"abc"
-        await waiting
+        assert await asyncio.wait_for(waiting, SOON)
 
 
 async def test_a_file_is_written_to_its_end(tmp_path: Path) -> None:
@@ -236,6 +237,91 @@ async def test_an_input_ends_when_it_may(path: str) -> None:
     one.close()
 
 
+class Reader(Nowhere):
+    """One who reads at once, and then lets the guest have one more piece."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self.more = asyncio.Event()
+
+    async def taken(self, count: int) -> bool:
+        self.counts.append(count)
+        self.more.set()
+        return True
+
+
+async def nothing() -> bytes:
+    """The end of what was never written to."""
+    return b""
+
+
+async def test_what_is_still_in_the_guest_is_asked_for() -> None:
+    """There it waits while the reader has not read what came before."""
+    sink, pieces = Reader(), [b"", b"ghi", b"def", b"abc"]
+
+    async def read() -> bytes:
+        await sink.more.wait()
+        sink.more.clear()
+        return pieces.pop()
+
+    streams = Stdio(None, sink, None, terminal=False)
+    async with asyncio.timeout(SOON):
+        streams.begin({"stdout": read, "stderr": nothing}, Closed())
+        await streams.taken()
+    assert sink.counts == [0, 3, 6, 9]
+    await streams.close()
+
+
+async def test_others_output_is_not_waited_for_without_end() -> None:
+    """A line now and then, as a daemon writes that a process leaves behind."""
+    sink = Reader()
+
+    async def read() -> bytes:
+        await asyncio.sleep(stdio.MORE / 5)
+        return b"line"
+
+    streams = Stdio(None, sink, None, terminal=False)
+    async with asyncio.timeout(SOON):
+        streams.begin({"stdout": read, "stderr": nothing}, Closed())
+        await streams.taken()
+    assert len(sink.counts) == stdio.PIECES
+    await streams.close()
+
+
+async def test_a_flood_of_others_output_is_not_waited_for() -> None:
+    sink, piece = Reader(), bytes(stdio.LEFT // 2)
+
+    async def read() -> bytes:
+        await asyncio.sleep(stdio.MORE / 5)
+        return piece
+
+    streams = Stdio(None, sink, None, terminal=False)
+    async with asyncio.timeout(SOON):
+        streams.begin({"stdout": read, "stderr": nothing}, Closed())
+        await streams.taken()
+    assert len(sink.counts) == 2
+    await streams.close()
+
+
+async def test_who_has_stopped_to_read_is_not_asked_again() -> None:
+    class Stopped(Reader):
+        async def taken(self, count: int) -> bool:
+            return not await super().taken(count)
+
+    sink = Stopped()
+
+    async def read() -> bytes:
+        await asyncio.sleep(stdio.MORE / 5)
+        return b"line"
+
+    streams = Stdio(None, sink, None, terminal=False)
+    async with asyncio.timeout(SOON):
+        streams.begin({"stdout": read, "stderr": nothing}, Closed())
+        await streams.taken()
+    assert len(sink.counts) == 1
+    await streams.close()
+
+
 async def test_who_reads_slowly_has_all(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though some of it is still in the guest, whose patience has ended, when the process has."""
     monkeypatch.setattr(guest_pipe, "PATIENCE", 0)
@@ -247,9 +333,6 @@ async def test_who_reads_slowly_has_all(path: str, tmp_path: Path, monkeypatch: 
     def process() -> None:
         with open(ours, "wb") as stream:
             stream.write(data)
-
-    async def nothing() -> bytes:
-        return b""
 
     streams = by_paths("", path, "", terminal=False)
     got = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import struct
 from collections.abc import AsyncIterator
@@ -152,7 +151,7 @@ async def test_a_refused_netdev_leaves_nothing(tmp_path: Path) -> None:
 async def test_cancelled_at_every_step_it_leaves_nothing(tmp_path: Path) -> None:
     async with machine(tmp_path) as vm, unchanged(vm):
         slot = vm.topology.allocate()
-        for step in itertools.count():
+        for step in range(2000):
             with open_tap("t-plug", 2) as tap:
                 plugging = asyncio.create_task(plug_nic(vm.monitor, slot, MAC, tap))
                 for _ in range(step):

@@ -133,8 +133,8 @@ def test_a_daemon_outlives_who_has_started_it(ctr: Containerd, runtime: Runtime,
     assert "sleep 778" in inside(ctr, "ps").stdout
     # What its parent leaves behind, PID 1 reaps: of the guest nothing is left to the agent.
     left = (
-        "for n in $(seq 50); do found=$(grep -l '^State:.Z' /proc/[0-9]*/status) || exit 0; sleep 0.2; done;"
-        ' echo "$found"'
+        "for n in $(seq 50); do sleep 0.5; found=$(grep -l '^State:.Z' /proc/[0-9]*/status);"
+        ' [ -n "$found" ] || exit 0; done; echo "$found"'
     )
     assert inside(ctr, f"for n in 1 2 3 4 5 6 7 8 9; do (true &); done; {left}").stdout == ""
     assert runtime("exec", "--guest", "c", "--", "sh", "-c", left).stdout == ""

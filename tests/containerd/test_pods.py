@@ -315,6 +315,18 @@ def test_a_container_ends_while_there_is_no_containerd(own_node: Kubelet, runtim
     node.cri("RemoveContainer", container_id=container)
 
 
+def test_what_a_container_leaves_behind_in_its_pod_holds_up_nobody(node: Kubelet) -> None:
+    """In a process namespace that is shared it would live on, with the log open."""
+    pod = node.run("a", pid=api.POD)
+    script = "echo started; sleep 1000 & exit 3"
+    container = pod.start("c", "/bin/sh", "-c", script, pid=api.POD)
+    assert pod.await_end(container).exit_code == 3
+    node.cri("RemoveContainer", container_id=container)
+    other = pod.start("d", *FOREVER, pid=api.POD)
+    assert "sleep 1000" not in pod.exec(other, "/bin/ps")[1]
+    assert [line[3] for line in pod.log("c")] == ["started"]
+
+
 def test_three_pods_at_once(node: Kubelet) -> None:
     def whole(name: str) -> str:
         pod = node.run(name)

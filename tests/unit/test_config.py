@@ -238,6 +238,9 @@ def test_other_texts() -> None:
     )
     assert one(QEMU, "machine_accelerators", '" , "')[0].hypervisor.machine_accelerators == ""
     assert '"a b" is not a comma list of words' in refusal(f'[{QEMU}]\nmachine_accelerators = "a b"')
+    assert '"a=b, accel=tcg" is not free of accel=, which `accelerator` says' in refusal(
+        f'[{QEMU}]\nmachine_accelerators = "a=b, accel=tcg"'
+    )
     assert one(QEMU, "kernel_params", '"a=b c"')[0].hypervisor.kernel_params == "a=b c"
     for value in ("a\\nb", "é", "x" * 2048):
         assert "is not printable ASCII of at most 2047" in refusal(f'[{QEMU}]\nkernel_params = "{value}"')
