@@ -24,6 +24,7 @@ from kata_shim.sandbox.sizing import shm_size, together
 from kata_shim.sandbox.stdio import Stdio
 from kata_shim.sandbox.task import Container, Process
 
+REST_TIMEOUT = 2.0  # seconds for a guest to kill what a process has left behind
 DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
 CANNOT_RUN = 127  # the exit status of a process that could not be started
 KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
@@ -195,8 +196,9 @@ class Containers:
             await asyncio.wait((process.starting,))
         if process.state == "stopped":
             if everything and not exec_id:  # others may live on, and keep its outputs open
-                with suppress(ShimError):
-                    await self._guest.signal(container_id, "", number)
+                with suppress(ShimError, TimeoutError):
+                    async with asyncio.timeout(REST_TIMEOUT):
+                        await self._guest.signal(container_id, "", number)
             raise ShimError("not-found", f"container {container_id}: the process has ended already")
         await self._guest.signal(container_id, "" if everything else process.in_guest, number)
 

@@ -17,6 +17,7 @@ from kata_shim.agent_containers import Containers as GuestContainers
 from kata_shim.contract import oci
 from kata_shim.errors import ShimError
 from kata_shim.protos import agent_pb2
+from kata_shim.sandbox import containers as containers_module
 from kata_shim.sandbox.containers import WAITS, Containers
 from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.host_names import HostNames
@@ -352,6 +353,30 @@ async def test_an_end_is_told_once_the_output_is_read(guest: Guest, containers: 
         await process.exited.wait()
         assert process.exit_status == 3
         await containers.delete("d", "")
+
+
+async def test_what_a_process_leaves_behind_is_killed(guest: Guest, containers: Containers) -> None:
+    """Though the process itself, as whoever asks is told, has ended."""
+    guest.answers["WaitProcess"] = status(0)
+    await ended(containers)
+    with pytest.raises(ShimError, match="has ended already"):
+        await containers.kill("c", "", 9, everything=True)
+    assert guest.asked.count("SignalProcess") == 1
+    with pytest.raises(ShimError, match="has ended already"):
+        await containers.kill("c", "", 9, everything=False)
+    assert guest.asked.count("SignalProcess") == 1
+
+
+async def test_a_guest_that_says_nothing_to_that_is_not_waited_for(
+    guest: Guest, containers: Containers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers_module, "REST_TIMEOUT", 0.05)
+    guest.answers["WaitProcess"] = status(0)
+    guest.answers["SignalProcess"] = never
+    await ended(containers)
+    async with asyncio.timeout(SOON / 2):
+        with pytest.raises(ShimError, match="has ended already"):
+            await containers.kill("c", "", 9, everything=True)
 
 
 async def test_an_end_that_is_known_before_the_start(
