@@ -101,7 +101,7 @@ class Stdio:
     async def taken(self) -> None:
         """Wait until what a process wrote that has ended is read by who reads the outputs, if anybody does.
 
-        What others write, who have its outputs and live on, is not waited for.
+        What others write, who have its outputs and live on, holds that up for PIECES * MORE seconds at most.
         """
         ends = zip(self._output.items(), self._moving, strict=False)
         await asyncio.gather(
