@@ -74,7 +74,12 @@ class Pipe:
 
         The shim, which may itself wait for somebody, then asks on.
         """
-        end = self._count + (0 if self.closed else self._available())
+        if self.closed:
+            return
+        look = select.poll()
+        look.register(self._fd, select.POLLIN)
+        look.poll(0)  # has a terminal hand on what its other end has just written; FIONREAD has not
+        end = self._count + self._available()
         with suppress(TimeoutError):
             while not self.closed and self._count < end:
                 self._was_read.clear()
@@ -89,9 +94,6 @@ class Pipe:
 
     def _available(self) -> int:
         """Return how many bytes there are to read."""
-        look = select.poll()
-        look.register(self._fd, select.POLLIN)
-        look.poll(0)  # has a terminal hand on what its other end has just written; FIONREAD has not
         answer = fcntl.ioctl(self._fd, termios.FIONREAD, bytes(_INT.size))
         return int(_INT.unpack(answer)[0])
 

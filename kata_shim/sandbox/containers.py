@@ -186,6 +186,7 @@ class Containers:
         process.state = "running"
         # To its end, whatever becomes of the caller: else the process would run, and nobody wait for it.
         process.starting = asyncio.ensure_future(self._start(process))
+        process.starting.add_done_callback(lambda _: process.begun.set())  # however it fails
         await _to_end(process.starting)
         return process
 
@@ -297,7 +298,6 @@ class Containers:
                 await self._guest.start(process.container_id)
         except ShimError:
             process.stop(CANNOT_RUN)
-            process.begun.set()
             await process.stdio.close()  # whoever reads or writes there waits for nothing any more
             raise
         self._begin(process)
@@ -334,7 +334,7 @@ class Containers:
 
     async def _attend(self, process: Process) -> None:
         status = await self._wait(process)
-        process.has_ended(status)
+        process.note_end(status)
         if process.starting is not None:
             await process.begun.wait()  # a quick end may be known before the start is
         await process.stdio.taken()  # who hears of the end may close the streams at once, as `ctr` does

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import Protocol
 
+from kata_shim.agent_containers import CHUNK
 from kata_shim.errors import ShimError, invalid
 from kata_shim.sandbox.fifo import Input, Output
 
 # What a process that has ended may have left in the guest: a pipe of it, and a piece on its way, in so many
 # pieces at most, each some time after the one before was read.
-LEFT = (1 << 20) + (768 << 10)  # bytes
+LEFT = (1 << 20) + CHUNK  # bytes
 PIECES = 6
 MORE = 0.25  # seconds
 
@@ -83,30 +84,28 @@ class Stdio:
         self._input = stdin
         self._output = {"stdout": stdout, "stderr": stderr}
         self._came = dict.fromkeys(self._output, 0)  # bytes
-        self._moving: list[asyncio.Task[None]] = []
+        self._moving: dict[str, asyncio.Task[None]] = {}
         self._feeding: asyncio.Task[None] | None = None
 
     def begin(self, read: dict[str, Read], stdin: Target) -> None:
         """Move bytes from now on: of `read` to the outputs, of the input to `stdin`."""
-        self._moving = [
-            asyncio.ensure_future(self._drain(name, sink, read[name])) for name, sink in self._output.items()
-        ]
+        self._moving = {
+            name: asyncio.ensure_future(self._drain(name, sink, read[name]))
+            for name, sink in self._output.items()
+        }
         self._feeding = asyncio.ensure_future(self._feed(self._input, stdin))
 
     async def drained(self, timeout: float | None = None) -> None:
         """Wait until all that was written has been handed on, at most so many seconds."""
         if self._moving:
-            await asyncio.wait(self._moving, timeout=timeout)
+            await asyncio.wait(self._moving.values(), timeout=timeout)
 
     async def taken(self) -> None:
         """Wait until what a process wrote that has ended is read by who reads the outputs, if anybody does.
 
         What others write, who have its outputs and live on, holds that up for PIECES * MORE seconds at most.
         """
-        ends = zip(self._output.items(), self._moving, strict=False)
-        await asyncio.gather(
-            *(self._taken(name, sink, moving) for (name, sink), moving in ends if sink is not None)
-        )
+        await asyncio.gather(*(self._taken(name, moving) for name, moving in self._moving.items()))
 
     def let_stdin_end(self) -> None:
         """Nobody will write to stdin any more."""
@@ -115,7 +114,7 @@ class Stdio:
 
     async def close(self) -> None:
         """Give up what still moves, and close everything."""
-        moving = [*self._moving, *([self._feeding] if self._feeding else [])]
+        moving = [*self._moving.values(), *([self._feeding] if self._feeding else [])]
         for task in moving:
             task.cancel()
         if moving:
@@ -124,12 +123,14 @@ class Stdio:
             if end is not None:
                 end.close()
 
-    async def _taken(self, name: str, sink: Sink, moving: asyncio.Task[None]) -> None:
-        """Wait until a sink's has been read.
+    async def _taken(self, name: str, moving: asyncio.Task[None]) -> None:
+        """Wait until one output's has been read.
 
         Who reads slowly has some of it wait in the guest, where others' may follow it without end.
         """
-        most = self._came[name] + LEFT
+        sink, most = self._output[name], self._came[name] + LEFT
+        if sink is None:
+            return
         for _ in range(PIECES):
             before = self._came[name]
             if not await sink.taken(before) or before >= most:

@@ -30,7 +30,7 @@ class Process:
         self.exited_at = 0
         self.exited = asyncio.Event()
         self.starting: asyncio.Task[None] | None = None
-        self.begun = asyncio.Event()  # the guest has started it, or could not
+        self.begun = asyncio.Event()  # its streams are moved, or never will be
         self.waiter: asyncio.Task[None] | None = None
         self.spec: dict[str, Any] = {}
         self._end: tuple[int, int] | None = None
@@ -40,7 +40,7 @@ class Process:
         """The process's exec_id in the guest."""
         return self.exec_id or self.container_id
 
-    def has_ended(self, status: int) -> None:
+    def note_end(self, status: int) -> None:
         """Note how and when it ended, which is not to be told yet."""
         self._end = (status, time.time_ns())
 

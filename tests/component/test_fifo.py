@@ -18,7 +18,7 @@ from kata_shim.guest import pipe as guest_pipe
 from kata_shim.guest.process import PIPE_SIZE
 from kata_shim.sandbox import fifo, stdio
 from kata_shim.sandbox.fifo import Input, Output
-from kata_shim.sandbox.stdio import Stdio, by_paths
+from kata_shim.sandbox.stdio import Read, Stdio, by_paths
 from tests.component.far_guest import Nowhere
 
 pytestmark = pytest.mark.quick
@@ -219,7 +219,7 @@ async def test_a_full_disk_is_not_waited_for() -> None:
     one = Output("/dev/full", wide=True)
     async with asyncio.timeout(SOON):
         await one.write(b"abc")
-        await one.taken(3)
+        assert await one.taken(3)
     one.close()
 
 
@@ -255,6 +255,15 @@ async def nothing() -> bytes:
     return b""
 
 
+async def let_be_taken(sink: Reader, read: Read) -> None:
+    """Wait until what an ended process wrote, which `read` brings, has been read."""
+    streams = Stdio(None, sink, None, terminal=False)
+    async with asyncio.timeout(SOON):
+        streams.begin({"stdout": read, "stderr": nothing}, Closed())
+        await streams.taken()
+    await streams.close()
+
+
 async def test_what_is_still_in_the_guest_is_asked_for() -> None:
     """There it waits while the reader has not read what came before."""
     sink, pieces = Reader(), [b"", b"ghi", b"def", b"abc"]
@@ -264,12 +273,8 @@ async def test_what_is_still_in_the_guest_is_asked_for() -> None:
         sink.more.clear()
         return pieces.pop()
 
-    streams = Stdio(None, sink, None, terminal=False)
-    async with asyncio.timeout(SOON):
-        streams.begin({"stdout": read, "stderr": nothing}, Closed())
-        await streams.taken()
+    await let_be_taken(sink, read)
     assert sink.counts == [0, 3, 6, 9]
-    await streams.close()
 
 
 async def test_others_output_is_not_waited_for_without_end() -> None:
@@ -280,12 +285,8 @@ async def test_others_output_is_not_waited_for_without_end() -> None:
         await asyncio.sleep(stdio.MORE / 5)
         return b"line"
 
-    streams = Stdio(None, sink, None, terminal=False)
-    async with asyncio.timeout(SOON):
-        streams.begin({"stdout": read, "stderr": nothing}, Closed())
-        await streams.taken()
+    await let_be_taken(sink, read)
     assert len(sink.counts) == stdio.PIECES
-    await streams.close()
 
 
 async def test_a_flood_of_others_output_is_not_waited_for() -> None:
@@ -295,12 +296,8 @@ async def test_a_flood_of_others_output_is_not_waited_for() -> None:
         await asyncio.sleep(stdio.MORE / 5)
         return piece
 
-    streams = Stdio(None, sink, None, terminal=False)
-    async with asyncio.timeout(SOON):
-        streams.begin({"stdout": read, "stderr": nothing}, Closed())
-        await streams.taken()
+    await let_be_taken(sink, read)
     assert len(sink.counts) == 2
-    await streams.close()
 
 
 async def test_who_has_stopped_to_read_is_not_asked_again() -> None:
@@ -314,12 +311,8 @@ async def test_who_has_stopped_to_read_is_not_asked_again() -> None:
         await asyncio.sleep(stdio.MORE / 5)
         return b"line"
 
-    streams = Stdio(None, sink, None, terminal=False)
-    async with asyncio.timeout(SOON):
-        streams.begin({"stdout": read, "stderr": nothing}, Closed())
-        await streams.taken()
+    await let_be_taken(sink, read)
     assert len(sink.counts) == 1
-    await streams.close()
 
 
 async def test_who_reads_slowly_has_all(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
