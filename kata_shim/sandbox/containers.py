@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -17,6 +16,7 @@ from kata_shim.errors import ShimError, invalid
 from kata_shim.protos import agent_pb2
 from kata_shim.sandbox import bundle as bundles
 from kata_shim.sandbox import hooks
+from kata_shim.sandbox.attendant import KILLED, Attendant
 from kata_shim.sandbox.disks import Disks
 from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import Mount, Shares
@@ -27,10 +27,7 @@ from kata_shim.sandbox.task import Container, Process
 REST_TIMEOUT = 2.0  # seconds for a guest to kill what a process has left behind
 DRAIN_TIMEOUT = 2.0  # seconds after a process's end for what others of its kin still write
 CANNOT_RUN = 127  # the exit status of a process that could not be started
-KILLED = 128 + signal.SIGKILL  # of a process whose guest has ended
 OOM_PAUSE = 0.1  # seconds between two looks for what the guest's kernel had no memory for
-_CUT = ("unavailable", "data-loss")  # codes of a channel to the guest that was cut
-WAITS = 8  # as often is a process waited for anew whose guest was cut off; more is no accident
 
 Tell = Callable[[str, "Process"], None]
 Grow = Callable[[int, int], Awaitable[None]]  # so many more virtual CPUs, and MiB, than at the start
@@ -56,6 +53,7 @@ class Containers:
     ) -> None:
         self._sandbox_id = sandbox_id
         self._guest = guest
+        self._attendant = Attendant(guest, lambda process: self.tell("exit", process))
         self._shares = shares
         self._disks = disks
         self._names = names
@@ -158,7 +156,7 @@ class Containers:
                 await self._run_hooks(container, name)
             undo.pop_all()
         self.tell("create", process)
-        self._watch(process)
+        self._attendant.watch(process)
         return container
 
     async def add_exec(self, container_id: str, exec_id: str, process: object, stdio: Stdio) -> None:
@@ -300,57 +298,10 @@ class Containers:
             process.stop(CANNOT_RUN)
             await process.stdio.close()  # whoever reads or writes there waits for nothing any more
             raise
-        self._begin(process)
+        self._attendant.begin(process)
         self.tell("exec-started" if process.exec_id else "start", process)
         if not process.exec_id and (container := self._containers.get(process.container_id)):
             await self._run_later_hooks(container, "poststart")
-
-    def _begin(self, process: Process) -> None:
-        ids = (process.container_id, process.in_guest)
-        process.stdio.begin(
-            {name: partial(self._read, name, *ids) for name in ("stdout", "stderr")},
-            self._guest.stdin(*ids),
-        )
-        process.begun.set()
-        self._watch(process)
-
-    def _watch(self, process: Process) -> None:
-        if process.waiter is None:
-            process.waiter = asyncio.ensure_future(self._attend(process))
-
-    async def _read(self, stream: str, container_id: str, exec_id: str) -> bytes:
-        """Return what a process has written, also where the channel to the guest is cut meanwhile.
-
-        What was on its way then is lost.
-        """
-        for _ in range(WAITS):
-            try:
-                return await self._guest.read(stream, container_id, exec_id)
-            except ShimError as error:
-                if error.code != "unavailable":
-                    raise
-                log.warning("output may be lost", id=exec_id, error=error.message)
-        return b""
-
-    async def _attend(self, process: Process) -> None:
-        status = await self._wait(process)
-        process.note_end(status)
-        if process.starting is not None:
-            await process.begun.wait()  # a quick end may be known before the start is
-        await process.stdio.taken()  # who hears of the end may close the streams at once, as `ctr` does
-        if process.stop(status):
-            self.tell("exit", process)
-
-    async def _wait(self, process: Process) -> int:
-        """Return a process's exit status, also where the channel to the guest is cut meanwhile."""
-        for _ in range(WAITS):
-            try:
-                return await self._guest.wait(process.container_id, process.in_guest)
-            except ShimError as error:
-                log.warning("a process is lost sight of", id=process.in_guest, error=error.message)
-                if process.state == "stopped" or error.code not in _CUT:
-                    break
-        return KILLED
 
     def _require_open(self) -> None:
         if self._is_closed:

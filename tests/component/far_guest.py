@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
 
+from kata_shim.contract import oci
 from kata_shim.errors import ShimError
+from kata_shim.protos import agent_pb2
 from kata_shim.protos.services import AGENT, AGENT_SERVICE
+from kata_shim.sandbox.containers import Containers
+from kata_shim.sandbox.stdio import Sink, Stdio
+from kata_shim.sandbox.task import Process
 from kata_shim.ttrpc.server import AsyncHandler, Server
 
 SOON = 20.0  # seconds; far more than anything here takes
@@ -89,3 +94,47 @@ class Nowhere:
 async def as_it_is(error: ShimError) -> ShimError:
     """Explain nothing."""
     return error
+
+
+Answer = Callable[[], Awaitable[Message]]
+
+
+class Guest(FarGuest):
+    """One of which `answers` says what a method is answered; all else is fine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, Answer] = {}
+
+    async def answer(self, name: str, request: Any, usual: Message) -> Message:
+        self.asked.append(name)
+        return await self.answers[name]() if name in self.answers else usual
+
+
+async def never() -> Message:
+    """Answer nothing."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def status(number: int) -> Answer:
+    """Answer that a process has ended with that status."""
+
+    async def answer() -> Message:
+        return agent_pb2.WaitProcessResponse(status=number)
+
+    return answer
+
+
+async def ended(containers: Containers) -> Process:
+    """Start it and wait until it has ended."""
+    process = await containers.start("c", "")
+    async with asyncio.timeout(SOON):
+        await process.exited.wait()
+    return process
+
+
+async def create(containers: Containers, name: str, sink: Sink) -> None:
+    """Create a container whose stdout goes to `sink`."""
+    spec = oci.default_spec("/", ["x"], [], "", terminal=False)
+    await containers.create_of(name, spec, "/", (), lambda: Stdio(None, sink, None, terminal=False))
