@@ -18,11 +18,7 @@ from kata_shim.sandbox.host_names import HostNames
 from kata_shim.sandbox.shares import Shares
 from kata_shim.sandbox.stdio import Stdio
 from kata_shim.vm import shared
-from tests.component.far_guest import (
-    Guest,
-    as_it_is,
-    never,
-)
+from tests.component.far_guest import Guest, as_it_is, never
 
 
 @pytest.fixture
